@@ -1,0 +1,69 @@
+"""Which implementation computes an operation: a pure function of facts, so that a test can ask without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from kimi_linear.ops.contract import Impl
+
+AVAILABLE: dict[str, tuple[Impl, ...]] = {
+    "chunk_kda": ("reference", "torch"),
+    "recurrent_kda": ("reference", "torch"),
+}
+"""The implementations that each operation has, slowest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpFacts:
+    """What the choice may depend on.
+
+    Attributes:
+        op: name of the operation, a key of ``AVAILABLE``.
+        device: ``torch.device.type`` of the inputs.
+        arch: compute capability such as (9, 0), or None off CUDA.
+        dtype: name of q's dtype, such as "bfloat16".
+        tokens: T.
+        key_dim: K.
+        value_dim: V.
+        needs_grad: whether autograd records the call.
+    """
+
+    op: str
+    device: str
+    arch: tuple[int, int] | None
+    dtype: str
+    tokens: int
+    key_dim: int
+    value_dim: int
+    needs_grad: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation, and the reason in words (``kimi-linear info`` prints both)."""
+
+    impl: Impl
+    reason: str
+
+
+def choose_impl(facts: OpFacts, requested: Impl = "auto") -> Choice:
+    """The implementation for ``facts``.
+
+    Args:
+        facts: what is known of the call.
+        requested: "auto", or one implementation, which is then taken as it is.
+
+    Raises:
+        ValueError: ``requested`` is no implementation, or one that this operation does not have.
+    """
+    if requested not in get_args(Impl):
+        raise ValueError(f"impl: expected one of {', '.join(get_args(Impl))}, got {requested!r}")
+    available = AVAILABLE[facts.op]
+    if requested != "auto":
+        if requested not in available:
+            raise ValueError(
+                f"impl: {facts.op} has no {requested!r} implementation yet, only {', '.join(available)}; use impl='auto'"
+            )
+        return Choice(requested, "asked for")
+    return Choice("torch", f"fastest exact implementation on {facts.device}: parallel chunks in plain torch")
