@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kimi_linear.reference.sequences import over_sequences
+from kimi_linear.reference.sequences import by_chunk, by_token, over_sequences
 
 CHUNK = 16
 
@@ -32,7 +32,7 @@ def recurrent_kda(
     initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The recurrence over whole sequences. Shapes as ``kimi_linear.ops.chunk_kda``; (output, final_state)."""
-    return over_sequences(_recurrent, q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    return over_sequences(by_token(kda_step), (q, k, v, g, beta), scale, initial_state, cu_seqlens)
 
 
 def chunk_kda(
@@ -40,34 +40,13 @@ def chunk_kda(
     initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form (arXiv 2510.26692, Eqs. 6-9). Shapes as ``recurrent_kda``; (output, final_state)."""
-    return over_sequences(_chunked, q, k, v, g, beta, scale, initial_state, cu_seqlens)
-
-
-def _recurrent(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for t in range(q.shape[1]):
-        output, state = kda_step(state, q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], scale)
-        outputs.append(output)
-    return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v), state
-
-
-def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for start in range(0, q.shape[1], CHUNK):
-        part = (x[:, start : start + CHUNK].transpose(1, 2) for x in (q, k, v, g, beta))
-        output, state = kda_chunk(*part, scale, state)
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1) if outputs else torch.zeros_like(v), state
+    return over_sequences(by_chunk(kda_chunk, CHUNK), (q, k, v, g, beta), scale, initial_state, cu_seqlens)
 
 
 def kda_chunk(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One chunk. q, k, g [..., C, K]; v [..., C, V]; beta [..., C]; state [..., V, K]. Returns (output, new state).
+    """One chunk. state [..., V, K]; q, k, g [..., C, K]; v [..., C, V]; beta [..., C]. Returns (output, new state).
 
     Every exponent is a sum of decays between two tokens, so it is <= 0 and nothing can overflow at any gate.
     """
