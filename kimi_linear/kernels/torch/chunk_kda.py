@@ -1,0 +1,203 @@
+"""Kimi Delta Attention in parallel chunks: plain torch, own backward, exact at every gate.
+
+With P_r the decay (a sum of g) from the chunk's start to token r and S_r from token r to its end, one chunk computes
+
+    M[r, i] = sum_k k_r k_i exp(decay after i, up to r)   (i < r)      T = (I + Diag(beta) M)^-1
+    u = T Diag(beta) (v - (k exp P) S^T)                               corrected values [C, V]
+    o = (q exp P) S^T + N u,   N as M with q_r and i <= r              S <- S exp(P_C) + u^T (k exp S)
+
+M and N are the hard part: exp(P_r) exp(-P_i) overflows once a chunk forgets more than e^88. Here they are made by a
+binary hierarchy (see ``_pairs``) in which every exponent is a plain sum of decays, so <= 0: nothing overflows, nothing
+cancels, and no [C, C, K] tensor exists. Rows are chunks of one head in scan order (layout.py); the parts that are
+parallel over chunks run over blocks of rows that fit a core's cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from kimi_linear.kernels.torch.layout import ChunkLayout
+
+CHUNK = 32
+BLOCK_ELEMENTS = 1 << 17  # of one [rows, C, K] tensor: 512 KiB in fp32, so that a block's few tensors stay in cache
+
+
+def chunk_kda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(output [B, T, HV, V] in v's dtype, final_state [N, HV, V, K]). g [B, T, HV, K] is a log-decay <= 0."""
+    dtype, out_dtype, heads = torch.float64 if q.dtype == torch.float64 else torch.float32, v.dtype, v.shape[2]
+    repeat = heads // q.shape[2]
+    if repeat > 1:
+        q, k = q.repeat_interleave(repeat, dim=2), k.repeat_interleave(repeat, dim=2)
+    layout = ChunkLayout.of(q, CHUNK, cu_seqlens)
+    q, k, v, g, beta = (layout.split(x.to(dtype)) for x in (q * scale, k, v, g, beta))
+    if initial_state is None:
+        state = q.new_zeros(len(layout.lengths) * heads, v.shape[-1], q.shape[-1])
+    else:
+        state = layout.sort(initial_state.to(dtype))
+    active = tuple(count * heads for count in layout.active)
+    output, state = _ChunkKDA.apply(q, k, v, g, beta, state, active)
+    return layout.join(output, heads).to(out_dtype), layout.unsort(state, heads)
+
+
+class _ChunkKDA(torch.autograd.Function):
+    """q, k, g [R, C, K]; v [R, C, V]; beta [R, C]; state [N*HV, V, K]; R = sum(active) rows in scan order."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q, k, v, g, beta, state, active):  # type: ignore[override]
+        rows, size, key_dim = q.shape
+        pairs_k, pairs_q, inverse = (q.new_empty(rows, size, size) for _ in range(3))
+        read, write, erase = (torch.empty_like(q) for _ in range(3))  # q exp P, k exp S, T Diag(beta) k exp P
+        decay = q.new_empty(rows, 1, key_dim)  # exp P_C
+        u = torch.empty_like(v)
+        identity = torch.eye(size, dtype=q.dtype, device=q.device)
+        for block in _blocks(rows, size * key_dim):
+            kq = torch.stack([k[block], q[block]], dim=-2)
+            levels, prefix, suffix = _ladder(g[block])
+            _pairs(kq, levels, pairs_k[block], pairs_q[block])
+            prefix, strength = prefix.exp_(), beta[block, :, None]
+            torch.mul(q[block], prefix, out=read[block])
+            torch.mul(k[block], suffix.exp_(), out=write[block])
+            decay[block] = prefix[:, -1:]
+            inverse[block] = torch.linalg.solve_triangular(
+                identity + strength * pairs_k[block], identity, upper=False, unitriangular=True
+            )
+            torch.bmm(inverse[block], strength * k[block] * prefix, out=erase[block])
+            torch.bmm(inverse[block], strength * v[block], out=u[block])
+        states = q.new_empty(rows, v.shape[-1], key_dim)  # before each chunk
+        state, row = state.clone(), 0
+        for count in active:
+            part, live = slice(row, row + count), state[:count]
+            states[part] = live
+            u[part].baddbmm_(erase[part], live.mT, alpha=-1)
+            live.mul_(decay[part]).baddbmm_(u[part].mT, write[part])
+            row += count
+        output = torch.bmm(read, states.mT).baddbmm_(pairs_q, u)
+        ctx.active = active  # type: ignore[attr-defined]
+        ctx.save_for_backward(q, k, v, g, beta, pairs_k, pairs_q, inverse, read, write, erase, decay, u, states)
+        return output, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_output, d_state):  # type: ignore[override]
+        q, k, v, g, beta, pairs_k, pairs_q, inverse, read, write, erase, decay, u, states = ctx.saved_tensors
+        rows, size, key_dim = q.shape
+        d_u = torch.bmm(pairs_q.mT, d_output)
+        d_states = torch.bmm(d_output.mT, read)  # with respect to the state before each chunk, then after it
+        d_state, row = d_state.clone(), rows
+        for count in reversed(ctx.active):
+            part, live = slice(row - count, row), d_state[:count]
+            d_u[part].baddbmm_(write[part], live.mT)
+            after = live.clone()
+            live.mul_(decay[part]).add_(d_states[part]).baddbmm_(d_u[part].mT, erase[part], alpha=-1)
+            d_states[part] = after
+            row -= count
+        dq, dk, dv, dg, d_beta = (torch.empty_like(x) for x in (q, k, v, g, beta))
+        for block in _blocks(rows, size * key_dim):
+            kq = torch.stack([k[block], q[block]], dim=-2)
+            levels, prefix, suffix = _ladder(g[block])
+            prefix.exp_()
+            strength, before, after = beta[block, :, None], states[block], d_states[block]
+            # Through u = T Diag(beta) (v - k exp(P) S^T).
+            d_right = torch.bmm(inverse[block].mT, d_u[block])
+            d_matrix = torch.bmm(d_right, u[block].mT).neg_().tril_(-1)
+            faded = k[block] * prefix
+            error = torch.baddbmm(v[block], faded, before.mT, alpha=-1)
+            d_beta[block] = (d_right * error).sum(-1) + (d_matrix * pairs_k[block]).sum(-1)
+            d_right *= strength
+            dv[block] = d_right
+            d_faded = torch.bmm(d_right, before).neg_()
+            # Through the reads, the writes and the decay of the state.
+            d_read, d_write = torch.bmm(d_output[block], before), torch.bmm(u[block], after)
+            d_prefix = (d_faded * faded).addcmul_(d_read, read[block])
+            d_prefix[:, -1] += (before * after).sum(1) * decay[block, 0]
+            d_suffix = d_write * write[block]
+            dkq = torch.stack([(d_faded * prefix).addcmul_(d_write, suffix.exp_()), d_read * prefix], dim=-2)
+            # Through the pairs.
+            d_pairs_q = torch.bmm(d_output[block], u[block].mT)
+            _pairs_backward(kq, levels, d_matrix * strength, d_pairs_q, dkq, d_prefix, d_suffix)
+            dk[block], dq[block], dg[block] = dkq[:, :, 0], dkq[:, :, 1], d_prefix
+        return dq, dk, dv, dg, d_beta, d_state, None
+
+
+def _blocks(rows: int, elements: int) -> list[slice]:
+    step = max(1, BLOCK_ELEMENTS // elements)
+    return [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The earlier and the later halves [rows, C / (2 size), size, ...] of all blocks of 2 * size tokens, as views."""
+    return x.unflatten(1, (-1, 2, size)).unbind(2)
+
+
+def _ladder(g: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """Decay factors of every level of the hierarchy, and the sums over the whole chunk.
+
+    At the level of half-blocks of ``size`` tokens, the decay between token i of an earlier half and token r of the
+    later half beside it is suffix_i + prefix_r: from i to its half's end, and from the next half's start to r.
+
+    Returns ([(exp suffix of the earlier halves, exp prefix of the later ones) per level], prefix, suffix), the last
+    two [rows, C, K] over the chunk. Sums grow from level to level, so none is a difference of larger ones.
+    """
+    levels, size = [], 1
+    prefix, suffix = g.clone(), torch.zeros_like(g)
+    while size < g.shape[1]:
+        (prefix_0, prefix_1), (suffix_0, _) = _halves(prefix, size), _halves(suffix, size)
+        levels.append((suffix_0.exp(), prefix_1.exp()))
+        suffix_0 += prefix_1[:, :, -1:]
+        prefix_1 += prefix_0[:, :, -1:]
+        size *= 2
+    return levels, prefix, suffix
+
+
+def _cells(pairs: Tensor, size: int) -> Tensor:
+    """The cells [rows, blocks, size, size] of the [rows, C, C] matrix that pair later with earlier halves, as a view."""
+    blocks = pairs.unflatten(1, (-1, 2 * size)).unflatten(3, (-1, 2 * size)).diagonal(0, 1, 3)
+    return blocks[:, size:, :size].permute(0, 3, 1, 2)
+
+
+def _pairs(kq: Tensor, levels: list[tuple[Tensor, Tensor]], pairs_k: Tensor, pairs_q: Tensor) -> None:
+    """Fill ``pairs_k`` and ``pairs_q`` [rows, C, C] from kq [rows, C, 2, K], k and q of each token."""
+    pairs_k.zero_()
+    pairs_q.zero_()
+    pairs_q.diagonal(dim1=1, dim2=2).copy_((kq[:, :, 0] * kq[:, :, 1]).sum(-1))
+    for level, (earlier, later) in enumerate(levels):
+        size = 1 << level
+        early, late = _level(kq, earlier, later, size)
+        cells = torch.bmm(late.flatten(0, 1).flatten(1, 2), early.flatten(0, 1).mT).view(*late.shape[:-1], size)
+        _cells(pairs_k, size).copy_(cells[:, :, :, 0])
+        _cells(pairs_q, size).copy_(cells[:, :, :, 1])
+
+
+def _level(kq: Tensor, earlier: Tensor, later: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Faded keys of the earlier halves [rows, blocks, size, K], faded keys and queries of the later [..., 2, K]."""
+    early, late = _halves(kq, size)
+    return early[:, :, :, 0] * earlier, late * later[:, :, :, None]
+
+
+def _pairs_backward(
+    kq: Tensor, levels: list[tuple[Tensor, Tensor]], d_pairs_k: Tensor, d_pairs_q: Tensor,
+    dkq: Tensor, d_prefix: Tensor, d_suffix: Tensor,
+) -> None:  # fmt: skip
+    """Add to ``dkq``, and turn ``d_prefix`` into the gradient of g, down the levels that ``_ladder`` climbed."""
+    diagonal = d_pairs_q.diagonal(dim1=1, dim2=2)[..., None]
+    dkq[:, :, 0].addcmul_(diagonal, kq[:, :, 1])
+    dkq[:, :, 1].addcmul_(diagonal, kq[:, :, 0])
+    for level in reversed(range(len(levels))):
+        size, (earlier, later) = 1 << level, levels[level]
+        (d_prefix_0, d_prefix_1), (d_suffix_0, _) = _halves(d_prefix, size), _halves(d_suffix, size)
+        d_prefix_0[:, :, -1] += d_prefix_1.sum(2)
+        d_prefix_1[:, :, -1] += d_suffix_0.sum(2)
+        early, late = (x.flatten(0, 1) for x in _level(kq, earlier, later, size))
+        late = late.flatten(1, 2)
+        d_cells = torch.stack([_cells(d_pairs_k, size), _cells(d_pairs_q, size)], dim=3).flatten(0, 1).flatten(1, 2)
+        d_late, d_early = torch.bmm(d_cells, early), torch.bmm(d_cells.mT, late)
+        d_prefix_1 += (d_late * late).view(*d_prefix_1.shape[:3], 2, -1).sum(3)
+        d_suffix_0 += (d_early * early).view_as(d_suffix_0)
+        dkq_0, dkq_1 = _halves(dkq, size)
+        dkq_0[:, :, :, 0] += d_early.view_as(earlier) * earlier
+        dkq_1 += d_late.view(*later.shape[:3], 2, -1) * later[:, :, :, None]
