@@ -51,7 +51,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
     order = [2, 0, 3, 1]
     shuffled = logits_of(0.5, 0.3, 0.15, 0.05)[:, order]
     p = probabilities(shuffled, SamplingConfig(temperature=1, top_p=top_p))
-    torch.testing.assert_close(p, torch.tensor([kept])[:, order])
+    torch.testing.assert_close(p, torch.tensor([kept], dtype=torch.float32)[:, order])
 
 
 def test_top_p_counts_what_top_k_left():
