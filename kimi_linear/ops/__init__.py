@@ -3,19 +3,39 @@
 from kimi_linear.ops.contract import BoundedGate, Gate, Impl, KDAOutput, SoftplusGate, log_decay
 from kimi_linear.ops.dispatch import AVAILABLE, Choice, OpFacts, choose_impl
 from kimi_linear.ops.kda import chunk_kda, l2_normalize, recurrent_kda
+from kimi_linear.ops.linear_attention import chunk_gdn, chunk_mamba2, recurrent_gdn, recurrent_mamba2
+from kimi_linear.ops.mla import mla_absorbed, mla_attention, rotary
+from kimi_linear.ops.moe import Routing, moe_experts, route, swiglu
+from kimi_linear.ops.norm import gated_rms_norm, rms_norm
+from kimi_linear.ops.short_conv import ConvOutput, short_conv
 
 __all__ = [
     "AVAILABLE",
     "BoundedGate",
     "Choice",
+    "ConvOutput",
     "Gate",
     "Impl",
     "KDAOutput",
     "OpFacts",
+    "Routing",
     "SoftplusGate",
     "choose_impl",
+    "chunk_gdn",
     "chunk_kda",
+    "chunk_mamba2",
+    "gated_rms_norm",
     "l2_normalize",
     "log_decay",
+    "mla_absorbed",
+    "mla_attention",
+    "moe_experts",
+    "recurrent_gdn",
     "recurrent_kda",
+    "recurrent_mamba2",
+    "rms_norm",
+    "rotary",
+    "route",
+    "short_conv",
+    "swiglu",
 ]

@@ -10,6 +10,10 @@ from kimi_linear.ops.contract import Impl
 AVAILABLE: dict[str, tuple[Impl, ...]] = {
     "chunk_kda": ("reference", "torch"),
     "recurrent_kda": ("reference", "torch"),
+    "chunk_gdn": ("reference", "torch"),
+    "recurrent_gdn": ("reference", "torch"),
+    "chunk_mamba2": ("reference", "torch"),
+    "recurrent_mamba2": ("reference", "torch"),
 }
 """The implementations that each operation has, slowest first."""
 

@@ -81,12 +81,11 @@ def check_gate(gate: Gate, shape: tuple[int, ...], device: torch.device) -> None
     check_shape(name, values, shape, "B, T, HV, K")
     check_device(name, values, "q", device)
     if isinstance(gate, Tensor):
-        if gate.device.type == "cpu" and gate.numel() and not bool((gate.detach() <= 0).all()):
-            highest = gate.detach().max().item()
-            raise ValueError(
-                f"gate: expected a log-decay <= 0 everywhere, got a maximum of {highest:g}; a raw projection belongs in "
-                "SoftplusGate(x, A_log, dt_bias) or BoundedGate(x, A_log, dt_bias)"
-            )
+        check_not_positive(
+            "gate",
+            gate,
+            "a raw projection belongs in SoftplusGate(x, A_log, dt_bias) or BoundedGate(x, A_log, dt_bias)",
+        )
         return
     heads, key_dim = shape[2], shape[3]
     for part, expected, letters in (("A_log", (heads,), "HV"), ("dt_bias", (heads, key_dim), "HV, K")):
@@ -133,12 +132,17 @@ def check_state_indices(indices: Tensor, sequences: int, slots: int, device: tor
         )
 
 
-def check_kda(
-    q: Tensor, k: Tensor, v: Tensor, gate: Gate, beta: Tensor, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, state_indices: Tensor | None = None,
-) -> None:  # fmt: skip
-    """All inputs of ``chunk_kda`` and ``recurrent_kda`` against the contract."""
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("beta", beta)):
+def check_not_positive(name: str, decay: Tensor, way_out: str) -> None:
+    """A log-decay <= 0 everywhere, which also rules out NaN; read only on a CPU."""
+    if decay.device.type == "cpu" and decay.numel() and not bool((decay.detach() <= 0).all()):
+        highest = decay.detach().max().item()
+        raise ValueError(f"{name}: expected a log-decay <= 0 everywhere, got a maximum of {highest:g}; {way_out}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None) -> tuple[int, int, int, int, int]:
+    """q, k [B, T, H, K], v [B, T, HV, V] and beta [B, T, HV]; returns (B, T, HV, V, K)."""
+    others = [("k", k), ("v", v), *([("beta", beta)] if beta is not None else [])]
+    for name, tensor in [("q", q), *others]:
         check_float(name, tensor)
     if q.ndim != 4:
         raise ValueError(f"q: expected shape [B, T, H, K], got {shape_of(q)}")
@@ -149,12 +153,22 @@ def check_kda(
     v_heads, value_dim = v.shape[2:]
     if heads == 0 or v_heads % heads:
         raise ValueError(f"v: expected HV to be a multiple of H == {heads}, got HV == {v_heads}")
-    check_shape("beta", beta, (batch, tokens, v_heads), "B, T, HV")
-    for name, tensor in (("k", k), ("v", v), ("beta", beta)):
+    if beta is not None:
+        check_shape("beta", beta, (batch, tokens, v_heads), "B, T, HV")
+    for name, tensor in others:
         check_device(name, tensor, "q", q.device)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected {q.dtype}, as q, got {tensor.dtype}")
+    return batch, tokens, v_heads, value_dim, key_dim
+
+
+def check_kda(
+    q: Tensor, k: Tensor, v: Tensor, gate: Gate, beta: Tensor, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, state_indices: Tensor | None = None,
+) -> None:  # fmt: skip
+    """All inputs of ``chunk_kda`` and ``recurrent_kda`` against the contract."""
+    batch, tokens, v_heads, value_dim, key_dim = check_qkv(q, k, v, beta)
     check_gate(gate, (batch, tokens, v_heads, key_dim), q.device)
     sequences = batch
     if cu_seqlens is not None:
@@ -168,3 +182,203 @@ def check_kda(
         check_state_indices(state_indices, sequences, initial_state.shape[0], q.device)
     elif initial_state is not None:
         check_state("initial_state", initial_state, (sequences, v_heads, value_dim, key_dim), q.device, state_dtype)
+
+
+def check_scalar_gate(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    """All inputs of the operations with one decay per head: as ``check_kda``, but gate [B, T, HV], and beta optional."""
+    batch, tokens, v_heads, value_dim, key_dim = check_qkv(q, k, v, beta)
+    check_float("gate", gate)
+    check_shape("gate", gate, (batch, tokens, v_heads), "B, T, HV: one log-decay per head")
+    check_device("gate", gate, "q", q.device)
+    check_not_positive("gate", gate, "pass -exp(A_log) * softplus(x + dt_bias), not the raw projection x")
+    sequences = batch
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, tokens, q.device)
+        sequences = cu_seqlens.numel() - 1
+    if initial_state is not None:
+        state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        check_state("initial_state", initial_state, (sequences, v_heads, value_dim, key_dim), q.device, state_dtype)
+
+
+def check_ndim(name: str, tensor: Tensor, ndim: int, letters: str) -> None:
+    check_float(name, tensor)
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name}: expected shape [{letters}], got {shape_of(tensor)}")
+
+
+def check_like(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    """Same dtype and device as ``other``."""
+    check_float(name, tensor)
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other.dtype}, as {like}, got {tensor.dtype}; use {name}.to({like}.dtype)")
+    check_device(name, tensor, like, other.device)
+
+
+def check_choice(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
+
+
+def check_short_conv(
+    x: Tensor, weight: Tensor, activation: str, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """All inputs of ``short_conv``."""
+    check_choice("activation", activation, ("silu", "none"))
+    check_ndim("x", x, 3, "B, T, D")
+    check_float("weight", weight)
+    if weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight: expected shape [{x.shape[2]}, W] (D, W), got {shape_of(weight)}; "
+            "a checkpoint's [D, 1, W] is squeezed with weight.squeeze(1)"
+        )
+    check_device("weight", weight, "x", x.device)
+    sequences = x.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
+        sequences = cu_seqlens.numel() - 1
+    if initial_state is not None:
+        check_float("initial_state", initial_state)
+        check_shape("initial_state", initial_state, (sequences, x.shape[2], weight.shape[1] - 1), "N, D, W-1")
+        check_device("initial_state", initial_state, "x", x.device)
+
+
+def check_rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+    """All inputs of ``rms_norm``."""
+    check_float("x", x)
+    check_float("weight", weight)
+    if x.ndim == 0:
+        raise ValueError("x: expected shape [..., D], got a number")
+    check_shape("weight", weight, (x.shape[-1],), "D, the last dim of x")
+    check_device("weight", weight, "x", x.device)
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+
+
+def check_gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str) -> None:
+    """All inputs of ``gated_rms_norm``."""
+    check_choice("activation", activation, ("sigmoid", "swish", "none"))
+    check_rms_norm(x, weight, eps)
+    if (gate is None) != (activation == "none"):
+        got = "None" if gate is None else "a tensor"
+        raise ValueError(
+            f"gate: expected {'None' if activation == 'none' else 'a tensor'} with activation={activation!r}, got {got}; "
+            "activation='none' means that there is no gate"
+        )
+    if gate is not None:
+        check_float("gate", gate)
+        check_shape("gate", gate, tuple(x.shape), "as x")
+        check_device("gate", gate, "x", x.device)
+
+
+def check_mla_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    """All inputs of ``mla_attention``."""
+    check_ndim("q", q, 4, "B, T, H, Dq")
+    batch, tokens, heads, width = q.shape
+    check_ndim("k", k, 4, "B, S, H, Dq")
+    seen = k.shape[1]
+    check_shape("k", k, (batch, seen, heads, width), "B, S, H, Dq")
+    check_ndim("v", v, 4, "B, S, H, Dv")
+    check_shape("v", v, (batch, seen, heads, v.shape[3]), "B, S, H, Dv")
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
+    if seen < tokens:
+        raise ValueError(f"k: expected S >= T == {tokens} (the queries are the last T of S positions), got S == {seen}")
+    if cu_seqlens is not None:
+        if seen != tokens:
+            raise ValueError(f"cu_seqlens: packed sequences need S == T == {tokens}, got S == {seen}")
+        check_cu_seqlens(cu_seqlens, batch, tokens, q.device)
+
+
+def check_mla_absorbed(q_nope: Tensor, q_shared: Tensor, latent: Tensor, kv_up: Tensor, lengths: Tensor | None) -> None:
+    """All inputs of ``mla_absorbed``."""
+    check_ndim("q_nope", q_nope, 4, "B, T, H, Dn")
+    batch, tokens, heads, nope = q_nope.shape
+    check_ndim("q_shared", q_shared, 4, "B, T, H, Dr")
+    shared = q_shared.shape[3]
+    check_shape("q_shared", q_shared, (batch, tokens, heads, shared), "B, T, H, Dr")
+    check_ndim("kv_up", kv_up, 3, "H, Dn+Dv, R")
+    if kv_up.shape[0] != heads or kv_up.shape[1] <= nope:
+        raise ValueError(f"kv_up: expected shape [{heads}, {nope}+Dv, R] (H, Dn+Dv, R), got {shape_of(kv_up)}")
+    check_ndim("latent", latent, 3, "B, S, R+Dr")
+    seen = latent.shape[1]
+    check_shape("latent", latent, (batch, seen, kv_up.shape[2] + shared), "B, S, R+Dr")
+    for name, tensor in (("q_shared", q_shared), ("latent", latent), ("kv_up", kv_up)):
+        check_like(name, tensor, "q_nope", q_nope)
+    if seen < tokens:
+        raise ValueError(f"latent: expected S >= T == {tokens} (the queries are the last T positions), got S == {seen}")
+    if lengths is None:
+        return
+    check_tensor("lengths", lengths)
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths: expected int32 or int64, got {lengths.dtype}")
+    check_shape("lengths", lengths, (batch,), "B")
+    check_device("lengths", lengths, "q_nope", q_nope.device)
+    if lengths.device.type == "cpu" and any(not tokens <= n <= seen for n in lengths.tolist()):
+        raise ValueError(f"lengths: expected values from T == {tokens} to S == {seen}, got {lengths.tolist()}")
+
+
+def check_rotary(x: Tensor, positions: Tensor, theta: float) -> None:
+    """All inputs of ``rotary``."""
+    check_float("x", x)
+    if x.ndim < 3 or x.shape[-1] % 2:
+        raise ValueError(f"x: expected shape [B, T, ..., Dr] with Dr even, got {shape_of(x)}")
+    check_tensor("positions", positions)
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"positions: expected int32 or int64, got {positions.dtype}")
+    if tuple(positions.shape) not in ((x.shape[1],), tuple(x.shape[:2])):
+        raise ValueError(
+            f"positions: expected shape [{x.shape[1]}] or {list(x.shape[:2])} (T or B, T), got {shape_of(positions)}"
+        )
+    check_device("positions", positions, "x", x.device)
+    if not theta > 0:
+        raise ValueError(f"theta: expected a number > 0, got {theta}")
+
+
+def check_route(logits: Tensor, correction_bias: Tensor, top_k: int, num_groups: int, groups_per_token: int) -> None:
+    """All inputs of ``route``."""
+    check_ndim("logits", logits, 2, "T, E")
+    experts = logits.shape[1]
+    check_float("correction_bias", correction_bias)
+    check_shape("correction_bias", correction_bias, (experts,), "E")
+    check_device("correction_bias", correction_bias, "logits", logits.device)
+    if num_groups < 1 or experts % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of E == {experts}, got {num_groups}")
+    if not 1 <= groups_per_token <= num_groups:
+        raise ValueError(f"groups_per_token: expected 1 to num_groups == {num_groups}, got {groups_per_token}")
+    reachable = experts // num_groups * groups_per_token
+    if not 1 <= top_k <= reachable:
+        raise ValueError(f"top_k: expected 1 to {reachable}, the experts that a token can reach, got {top_k}")
+
+
+def check_swiglu(gate: Tensor, up: Tensor) -> None:
+    """Both inputs of ``swiglu``."""
+    check_float("gate", gate)
+    check_like("up", up, "gate", gate)
+    check_shape("up", up, tuple(gate.shape), "as gate")
+
+
+def check_moe_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """All inputs of ``moe_experts``."""
+    check_ndim("x", x, 2, "T, D")
+    check_ndim("gate_up", gate_up, 3, "E, 2I, D")
+    count, inner, width = gate_up.shape
+    if width != x.shape[1] or inner % 2:
+        raise ValueError(f"gate_up: expected shape [E, 2I, {x.shape[1]}] (E, 2I, D), got {shape_of(gate_up)}")
+    check_ndim("down", down, 3, "E, D, I")
+    check_shape("down", down, (count, width, inner // 2), "E, D, I")
+    check_like("gate_up", gate_up, "x", x)
+    check_like("down", down, "x", x)
+    check_tensor("routing.experts", experts)
+    if experts.dtype != torch.int64:
+        raise TypeError(f"routing.experts: expected int64, got {experts.dtype}")
+    if experts.ndim != 2 or experts.shape[0] != x.shape[0]:
+        raise ValueError(f"routing.experts: expected shape [{x.shape[0]}, k] (T, k), got {shape_of(experts)}")
+    check_float("routing.weights", weights)
+    check_shape("routing.weights", weights, tuple(experts.shape), "T, k, as routing.experts")
+    for name, tensor in (("routing.experts", experts), ("routing.weights", weights)):
+        check_device(name, tensor, "x", x.device)
+    if experts.device.type == "cpu" and experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < count:
+        raise ValueError(f"routing.experts: expected experts in [0, {count}), got {experts.min()} to {experts.max()}")

@@ -1,0 +1,153 @@
+"""Multi-head latent attention: the plain form for whole sequences, the absorbed form for decoding, and rotary pairs.
+
+The absorbed form never expands the cached latent to keys and values. It moves the up-projection of the keys to the
+query, q_h . (U_h c) = (U_h^T q_h) . c, and that of the values behind the softmax, so that all heads read one latent.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kimi_linear.ops.validation import check_mla_absorbed, check_mla_attention, check_rotary
+
+QUERY_BLOCK = 512
+
+
+def mla_attention(
+    q: Float[Tensor, "B T H Dq"],
+    k: Float[Tensor, "B S H Dq"],
+    v: Float[Tensor, "B S H Dv"],
+    *,
+    scale: float,
+    cu_seqlens: Int[Tensor, "N1"] | None = None,
+) -> Float[Tensor, "B T H Dv"]:
+    """Causal softmax attention of the last T of S positions. Differentiable.
+
+    Args:
+        q: [B, T, H, Dq] queries at positions S-T .. S-1.
+        k: [B, S, H, Dq] keys.
+        v: [B, S, H, Dv] values.
+        scale: multiplies the scores.
+        cu_seqlens: [N+1] int32 or int64 offsets of packed sequences, with B == 1 and S == T, which never see each
+            other.
+
+    Returns:
+        [B, T, H, Dv] in v's dtype.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device or offset.
+    """
+    check_mla_attention(q, k, v, cu_seqlens)
+    if q.shape[1] == 0:
+        return v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if cu_seqlens is None:
+        return _causal(q, k, v, scale).transpose(1, 2)
+    pieces = []
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        if stop > start:
+            pieces.append(_causal(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], scale))
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """[B, H, T, Dq], [B, H, S, Dq], [B, H, S, Dv] -> [B, H, T, Dv]."""
+    tokens, seen = q.shape[2], k.shape[2]
+    if tokens == seen or tokens == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=scale)
+    # is_causal aligns the first query with the first key; here the last query meets the last key. Blocks of queries
+    # keep the mask at [QUERY_BLOCK, S].
+    pieces = []
+    for start in range(0, tokens, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, tokens)
+        reach = seen - tokens + stop
+        rows = torch.arange(seen - tokens + start, reach, device=q.device)
+        mask = torch.arange(reach, device=q.device) <= rows[:, None]
+        pieces.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, :reach], v[:, :, :reach], attn_mask=mask, scale=scale
+            )
+        )
+    return torch.cat(pieces, dim=2)
+
+
+def mla_absorbed(
+    q_nope: Float[Tensor, "B T H Dn"],
+    q_shared: Float[Tensor, "B T H Dr"],
+    latent: Float[Tensor, "B S L"],
+    kv_up: Float[Tensor, "H E R"],
+    *,
+    scale: float,
+    lengths: Int[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B T H Dv"]:
+    """The same attention over the cached latent itself, as multi-query attention: what decoding uses.
+
+    Args:
+        q_nope: [B, T, H, Dn] query part that meets the keys made from the latent.
+        q_shared: [B, T, H, Dr] query part that meets the key part shared by all heads.
+        latent: [B, S, R+Dr] cache: the normed compressed latent, then the shared key part.
+        kv_up: [H, Dn+Dv, R] up-projection of each head, keys first, then values.
+        scale: multiplies the scores.
+        lengths: [B] int32 or int64, how many leading positions of each row are in use, the T queries included;
+            S where None. The queries are the last T of them.
+
+    Returns:
+        [B, T, H, Dv] in q_nope's dtype.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device or length.
+    """
+    check_mla_absorbed(q_nope, q_shared, latent, kv_up, lengths)
+    (batch, tokens, heads, nope), rank = q_nope.shape, kv_up.shape[2]
+    absorbed = torch.einsum("bthn,hnr->bthr", q_nope, kv_up[:, :nope])
+    queries = torch.cat([absorbed, q_shared], dim=-1).reshape(batch, 1, tokens * heads, -1)
+    keys = latent[:, None]
+    mask = None
+    if tokens > 1 or lengths is not None:
+        mask = _lengths_mask(tokens, latent.shape[1], lengths, latent.device)
+        mask = mask[:, None, :, None].expand(batch, 1, tokens, heads, -1).reshape(batch, 1, tokens * heads, -1)
+    read = F.scaled_dot_product_attention(queries, keys, keys[..., :rank], attn_mask=mask, scale=scale)
+    return torch.einsum("bthr,hvr->bthv", read.view(batch, tokens, heads, rank), kv_up[:, nope:])
+
+
+def _lengths_mask(tokens: int, seen: int, lengths: Tensor | None, device: torch.device) -> Tensor:
+    """[B or 1, T, S]: query t of a row may read the positions up to its own, length - T + t."""
+    columns = torch.arange(seen, device=device)
+    last = torch.tensor([seen], device=device) if lengths is None else lengths.to(device)
+    rows = last[:, None] - tokens + torch.arange(tokens, device=device)
+    return columns <= rows[:, :, None]
+
+
+def rotary(
+    x: Float[Tensor, "B T *heads Dr"],
+    positions: Int[Tensor, "T"] | Int[Tensor, "B T"],
+    theta: float,
+) -> Float[Tensor, "B T *heads Dr"]:
+    """Rotary position encoding of interleaved pairs: (x[2i], x[2i+1]) turns by ``position * theta**(-2i/Dr)`` radians.
+
+    Args:
+        x: [B, T, ..., Dr], Dr even.
+        positions: [T] or [B, T] integers.
+        theta: base of the frequencies, > 0.
+
+    Returns:
+        as x; computed in fp32 (fp64 for fp64 inputs), the angles in fp64, which stay exact at a million tokens.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device or theta.
+    """
+    check_rotary(x, positions, theta)
+    width = x.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    powers = torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width
+    angles = positions.to(torch.float64)[..., None] * theta**-powers
+    angles = angles.view(*angles.shape[:-1], *(1,) * (x.ndim - 3), width // 2)
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)

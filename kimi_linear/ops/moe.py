@@ -1,0 +1,136 @@
+"""Mixture of experts: the router that chooses, and the experts that work.
+
+Scores are sigmoids. A correction bias, kept by the balancing rule and not by the gradient, takes part in choosing the
+experts but not in weighing them (the auxiliary-loss-free routing of DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kimi_linear.ops.validation import check_moe_experts, check_route, check_swiglu
+
+
+class Routing(NamedTuple):
+    """Result of ``route``.
+
+    Attributes:
+        experts: [T, k] int64, the experts of each token, best first, all different.
+        weights: [T, k] fp32 (fp64 for fp64 logits), how much each counts.
+    """
+
+    experts: Tensor
+    weights: Tensor
+
+
+def route(
+    logits: Float[Tensor, "T E"],
+    correction_bias: Float[Tensor, "E"],
+    *,
+    top_k: int,
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+    bias_in_weights: bool = False,
+) -> Routing:
+    """Choose ``top_k`` experts for each token, and their weights. Differentiable in ``logits``.
+
+    Args:
+        logits: [T, E] router outputs.
+        correction_bias: [E], added to the sigmoid scores for the choice.
+        top_k: experts of a token.
+        num_groups: equal groups of neighbouring experts; a group scores the sum of its two best biased scores.
+        groups_per_token: how many best groups a token may choose from.
+        renormalize: scale the weights of a token to sum to one (1e-20 added to the sum).
+        scaling_factor: multiplies the weights last.
+        bias_in_weights: gather the weights from the biased scores, as the publisher's remote code does.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape or device, or numbers that do not fit E.
+    """
+    check_route(logits, correction_bias, top_k, num_groups, groups_per_token)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.to(wide).sigmoid()
+    biased = scores + correction_bias.to(wide)
+    choice = biased.detach()
+    if num_groups > 1:
+        groups = choice.unflatten(-1, (num_groups, -1))
+        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(groups_per_token, dim=-1).indices
+        allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, True)
+        choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+    experts = choice.topk(top_k, dim=-1).indices
+    weights = (biased if bias_in_weights else scores).gather(-1, experts)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return Routing(experts, weights * scaling_factor)
+
+
+def swiglu(gate: Float[Tensor, "*shape I"], up: Float[Tensor, "*shape I"]) -> Float[Tensor, "*shape I"]:
+    """``silu(gate) * up``: the inside of a feed-forward layer, dense or expert."""
+    check_swiglu(gate, up)
+    return F.silu(gate) * up
+
+
+def moe_experts(
+    x: Float[Tensor, "T D"],
+    routing: Routing,
+    gate_up: Float[Tensor, "E I2 D"],
+    down: Float[Tensor, "E D I"],
+) -> Float[Tensor, "T D"]:
+    """Weighted sum of SwiGLU experts: ``sum_j w_j down_e(silu(gate_e x) * up_e x)`` with e = experts[:, j].
+
+    Tokens are sorted by expert, so that each expert is one matrix product. Deterministic, and differentiable in x,
+    the weights of the routing, gate_up and down.
+
+    Args:
+        x: [T, D].
+        routing: what ``route`` returned for these tokens.
+        gate_up: [E, 2I, D], gate rows first, then up rows.
+        down: [E, D, I].
+
+    Returns:
+        [T, D] in x's dtype; the sum over the experts is taken in the weights' precision.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape or device, or an expert outside [0, E).
+    """
+    check_moe_experts(x, routing.experts, routing.weights, gate_up, down)
+    tokens, top_k = routing.experts.shape
+    order = routing.experts.flatten().argsort(stable=True)
+    place = order.argsort()
+    counts = torch.bincount(routing.experts.flatten(), minlength=gate_up.shape[0]).tolist()
+    rows = _Rows.apply(x, order // top_k, place, top_k)
+    # unbind: one gradient for all experts. Indexing would make a full-size gradient for each.
+    outputs = [
+        F.linear(swiglu(*F.linear(part, inner).chunk(2, dim=-1)), outer)
+        for part, inner, outer in zip(rows.split(counts), gate_up.unbind(), down.unbind(), strict=True)
+        if len(part)
+    ]
+    if not outputs:
+        return torch.zeros_like(x)
+    parts = _Rows.apply(torch.cat(outputs), place, order, 1).view(tokens, top_k, -1)
+    return (parts.to(routing.weights.dtype) * routing.weights[..., None]).sum(1).to(x.dtype)
+
+
+class _Rows(torch.autograd.Function):
+    """``x[index]`` where each row of x is taken ``copies`` times; ``inverse`` lists, row by row, where the copies went.
+
+    Its gradient gathers and sums, where autograd's own would scatter-add: deterministic, and faster on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[index]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse].unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
