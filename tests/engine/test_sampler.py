@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kimi_linear.engine.sampler import SamplingConfig, probabilities, sample
+from kimi_linear.engine import SamplingConfig, make_generator, probabilities, sample
 
 
 def logits_of(*p: float) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_top_p_counts_what_top_k_left():
 def test_draws_follow_the_distribution():
     config = SamplingConfig(temperature=1, top_k=3, seed=1)
     logits = logits_of(0.4, 0.1, 0.3, 0.2).expand(20_000, 4)
-    counts = torch.bincount(sample(logits, config, config.generator()), minlength=4) / 20_000
+    counts = torch.bincount(sample(logits, config, make_generator(config)), minlength=4) / 20_000
     expected = torch.tensor([4 / 9, 0, 3 / 9, 2 / 9])
     assert counts[1] == 0
     # Five standard deviations of a proportion at n = 20,000.
@@ -75,7 +75,7 @@ def test_the_seed_decides():
 
     def draw(seed: int | None) -> list[int]:
         config = SamplingConfig(temperature=1, seed=seed)
-        generator = config.generator()
+        generator = make_generator(config)
         return [int(sample(logits, config, generator)) for _ in range(20)]
 
     assert draw(3) == draw(3)
@@ -92,7 +92,7 @@ def test_broken_logits_are_refused(bad):
 def test_masked_logits_are_never_drawn():
     config = SamplingConfig(temperature=5, seed=0)
     logits = torch.tensor([[0.0, -math.inf, 0.0]]).expand(1000, 3)
-    assert set(sample(logits, config, config.generator()).tolist()) == {0, 2}
+    assert set(sample(logits, config, make_generator(config)).tolist()) == {0, 2}
 
 
 @pytest.mark.parametrize(
