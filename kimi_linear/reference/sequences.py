@@ -1,7 +1,7 @@
 """Batches, packed sequences, tokens and chunks in plain loops: what every reference recurrence shares.
 
 A recurrence is written once, for one token (``step``) or one chunk (``chunk``); the functions here carry its memory
-along. ``inputs`` is always the tuple (q, k, v, ...): q and k have H heads, everything after them HV.
+along. ``inputs`` is always the tuple (q, k, v, ...), v with HV heads and everything else with HV or a divisor of it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def by_chunk(chunk: Callable[..., tuple[Tensor, Tensor]], size: int) -> Sequence
 def over_sequences(
     one: Sequence, inputs: Inputs, scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Run ``one`` over every sequence in fp32 or fp64, the heads of q and k repeated to HV.
+    """Run ``one`` over every sequence in fp32 or fp64, heads repeated to HV.
 
     Args:
         one: the recurrence over one batch of equally long sequences.
@@ -64,13 +64,12 @@ def over_sequences(
     Returns:
         Output [B, T, HV, V] in v's dtype, and the final states [N, HV, V, K].
     """
-    q, k, v = inputs[:3]
-    dtype, out_dtype, repeat = accumulate_dtype(q), v.dtype, v.shape[2] // q.shape[2]
-    wide = (q.repeat_interleave(repeat, dim=2), k.repeat_interleave(repeat, dim=2), *inputs[2:])
-    wide = tuple(x.to(dtype) for x in wide)
+    q, _, v = inputs[:3]
+    dtype, out_dtype, heads = accumulate_dtype(q), v.dtype, v.shape[2]
+    wide = tuple(x.repeat_interleave(heads // x.shape[2], dim=2).to(dtype) for x in inputs)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
-        initial_state = v.new_zeros(sequences, v.shape[2], v.shape[3], q.shape[3], dtype=dtype)
+        initial_state = v.new_zeros(sequences, heads, v.shape[3], q.shape[3], dtype=dtype)
     if cu_seqlens is None:
         output, state = one(wide, scale, initial_state.to(dtype))
         return output.to(out_dtype), state
