@@ -1,0 +1,133 @@
+"""``kimi-linear info``: what is installed, which implementation each operation would take, and what a preset costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kimi_linear.cli.console import closing, count, memory, parse, stderr, stdout, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoArgs:
+    """Flags of ``info``."""
+
+    preset: str | None = None
+    """Show what this preset costs, such as "kimi-linear-48b-a3b" or "tiny/mla"; "list" names them all."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, ask, print."""
+    args = parse(InfoArgs, "info", argv, "Versions, devices, implementations; or what a preset costs.")
+    since = time.monotonic()
+    if args.preset is None:
+        _machine()
+    elif args.preset == "list":
+        _presets()
+    else:
+        _costs(args.preset)
+    closing(stderr(), {}, since)
+
+
+def _machine() -> None:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from kimi_linear import __version__
+    from kimi_linear.ops.dispatch import AVAILABLE, OpFacts, choose_impl
+
+    out = stdout()
+    rows = [{"what": "kimi_linear", "version": __version__}, {"what": "python", "version": platform.python_version()}]
+    for package in ("torch", "triton", "numpy", "safetensors", "transformers", "tokenizers", "tensorboard"):
+        try:
+            rows.append({"what": package, "version": version(package)})
+        except PackageNotFoundError:
+            rows.append({"what": package, "version": "not installed"})
+    out.print(table(rows))
+    devices = [{"device": "cpu", "what": platform.processor() or platform.machine(), "memory": None, "arch": None}]
+    devices[0]["threads"] = str(torch.get_num_threads())
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        arch = f"{facts.major}.{facts.minor}"
+        devices.append(
+            {
+                "device": f"cuda:{i}",
+                "what": facts.name,
+                "memory": memory(facts.total_memory),
+                "arch": arch,
+                "threads": None,
+            }
+        )
+    out.print()
+    out.print(table(devices))
+    cuda = torch.cuda.is_available()
+    choices = []
+    for op in AVAILABLE:
+        facts = OpFacts(
+            op=op,
+            device="cuda" if cuda else "cpu",
+            arch=torch.cuda.get_device_capability() if cuda else None,
+            dtype="bfloat16" if cuda else "float32",
+            tokens=1 if op.startswith("recurrent") else 4096,
+            key_dim=128,
+            value_dim=128,
+            needs_grad=not op.startswith("recurrent"),
+        )
+        choice = choose_impl(facts)
+        choices.append({"operation": op, "impl": choice.impl, "why": choice.reason})
+    out.print()
+    out.print(table(choices))
+
+
+def _presets() -> None:
+    from kimi_linear.config import PRESETS
+    from kimi_linear.engine.footprint import footprint
+
+    rows = []
+    for name, make in PRESETS.items():
+        config, cost = make(), footprint(make())
+        rows.append(
+            {
+                "preset": name,
+                "layers": config.num_layers,
+                "width": config.hidden_size,
+                "vocabulary": config.vocab_size,
+                "parameters": count(cost.parameters),
+                "active": count(cost.active_parameters),
+            }
+        )
+    stdout().print(table(rows))
+
+
+def _costs(name: str) -> None:
+    from kimi_linear.config import baseline, preset
+    from kimi_linear.engine.footprint import footprint
+
+    config = preset(name)
+    twin = baseline(config, "mla")
+    rows = []
+    for label, each in ((name, config), ("all full attention", twin)):
+        cost = footprint(each)
+        rows.append(
+            {
+                "model": label,
+                "parameters": cost.parameters,
+                "active": cost.active_parameters,
+                "state per sequence": memory(cost.state_bytes),
+                "cache per token": memory(cost.token_bytes),
+                "at 8K": memory(cost.context_bytes(2**13)),
+                "at 128K": memory(cost.context_bytes(2**17)),
+                "at 1M": memory(cost.context_bytes(2**20)),
+            }
+        )
+    out = stdout()
+    out.print(f"{name}: {config.num_layers} layers, {_layers(config.layer_mixers)}; width {config.hidden_size}")
+    out.print(table(rows))
+    out.print("Cache in bf16, recurrent states in fp32, one sequence.", style="dim")
+
+
+def _layers(mixers: Sequence[str]) -> str:
+    return ", ".join(f"{mixers.count(kind)} {kind}" for kind in dict.fromkeys(mixers))
