@@ -1,5 +1,31 @@
 """What a model reads: tokenizers, corpora, batches and synthetic tasks."""
 
+from kimi_linear.data.batch import IGNORE, Batch
+from kimi_linear.data.corpus import Corpus, Documents, read_documents, stdlib_source, tokenize
+from kimi_linear.data.packing import BatchStream, CorpusStream, Packing, TaskStream, in_order
+from kimi_linear.data.synthetic import MQAR, Palindrome, Stack, Task
 from kimi_linear.data.tokenizers import ByteTokenizer, HFTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 
-__all__ = ["ByteTokenizer", "HFTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = [
+    "IGNORE",
+    "MQAR",
+    "Batch",
+    "BatchStream",
+    "ByteTokenizer",
+    "Corpus",
+    "CorpusStream",
+    "Documents",
+    "HFTokenizer",
+    "Packing",
+    "Palindrome",
+    "Stack",
+    "StreamDecoder",
+    "Task",
+    "TaskStream",
+    "Tokenizer",
+    "in_order",
+    "load_tokenizer",
+    "read_documents",
+    "stdlib_source",
+    "tokenize",
+]

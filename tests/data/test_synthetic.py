@@ -1,0 +1,100 @@
+"""Synthetic tasks, checked by solving them: the answer follows from the tokens before it, by the task's own rule."""
+
+import pytest
+import torch
+
+from kimi_linear.data import IGNORE, MQAR, Palindrome, Stack
+
+
+def draw(task, batch_size=16, seed=0):
+    batch = task.batch(torch.Generator().manual_seed(seed), batch_size)
+    assert batch.cu_seqlens is None
+    assert batch.tokens.shape == batch.targets.shape == (batch_size, task.sequence_length)
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.tokens.min() >= 0
+    assert batch.tokens.max() < task.vocab_size
+    return batch
+
+
+def rows(batch):
+    return zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)
+
+
+def test_palindrome_is_the_reverse_and_scores_all_but_the_given_symbol():
+    task = Palindrome(length=7, vocab=10)
+    for tokens, targets in rows(draw(task)):
+        symbols = tokens[:7]
+        assert tokens[7:] == [10, *symbols[::-1]]
+        assert targets == [IGNORE] * 8 + symbols[-2::-1] + [IGNORE]
+
+
+def test_mqar_answers_with_the_value_of_the_key():
+    task = MQAR(num_pairs=6, num_queries=4, vocab=20)
+    for tokens, targets in rows(draw(task)):
+        memory = dict(zip(tokens[0:12:2], tokens[1:12:2], strict=True))
+        assert len(memory) == 6
+        assert max(memory) < 10 <= min(memory.values())
+        assert tokens[12] == 20
+        queries = tokens[13:]
+        assert len(set(queries)) == 4
+        assert targets == [IGNORE] * 13 + [memory[key] for key in queries]
+
+
+@pytest.mark.parametrize("pop_probability", [0.5, 0.9])
+def test_stack_pops_what_was_pushed_last(pop_probability):
+    task = Stack(num_stacks=3, operations=60, vocab=8, pop_probability=pop_probability)
+    push, pop = 11, 12
+    pops = pushes = 0
+    for tokens, targets in rows(draw(task)):
+        stacks = {8: [], 9: [], 10: []}
+        for i in range(0, len(tokens), 3):
+            mark, stack, element = tokens[i : i + 3]
+            if mark == pop:
+                assert element == stacks[stack].pop()
+                assert targets[i : i + 3] == [IGNORE, element, IGNORE]
+                pops += 1
+            else:
+                assert mark == push
+                stacks[stack].append(element)
+                assert targets[i : i + 3] == [IGNORE] * 3
+                pushes += 1
+    # Pops happen wherever asked for and possible: a walk of this length is mostly off the floor at one half.
+    assert 0.3 < pops / (pops + pushes) < 0.5
+
+
+def test_everything_is_drawn_uniformly():
+    batch = draw(MQAR(num_pairs=5, num_queries=5, vocab=20), batch_size=4000)
+    first_keys = torch.bincount(batch.tokens[:, 0], minlength=10)
+    values = torch.bincount(batch.tokens[:, 1:10:2].flatten() - 10, minlength=10)
+    asked = (batch.tokens[:, 11:12] == batch.tokens[:, 0:10:2]).float().argmax(1).bincount(minlength=5)
+    for counts in (first_keys, values, asked):
+        expected = counts.sum() / len(counts)
+        # Six standard deviations of a multinomial count.
+        assert (counts - expected).abs().max() < 6 * expected.sqrt()
+
+
+@pytest.mark.parametrize("task", [Palindrome(), MQAR(), Stack()], ids=lambda t: t.name)
+def test_a_generator_repeats_and_moves_on(task):
+    generator = torch.Generator().manual_seed(4)
+    first, second = task.batch(generator, 4), task.batch(generator, 4)
+    assert torch.equal(first.tokens, draw(task, 4, seed=4).tokens)
+    assert not torch.equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize("kind", [Palindrome, MQAR, Stack])
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_for_length_fills_the_length(kind, tokens):
+    task = kind.for_length(tokens)
+    assert tokens - 2 <= task.sequence_length <= tokens
+    draw(task, 2)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="num_pairs: expected at most the 8 different keys of vocab == 16, got 9"):
+        MQAR(num_pairs=9, num_queries=1, vocab=16)
+    with pytest.raises(ValueError, match="num_queries: expected at most num_pairs == 4, got 5"):
+        MQAR(num_pairs=4, num_queries=5, vocab=16)
+    with pytest.raises(ValueError, match="length: expected at least 2, got 1"):
+        Palindrome(length=1)
+    with pytest.raises(ValueError, match=r"pop_probability: expected a number in \(0, 1\], got 0"):
+        Stack(pop_probability=0)
