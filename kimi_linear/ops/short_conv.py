@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -55,35 +53,6 @@ def short_conv(
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, offset or activation.
     """
     check_short_conv(x, weight, activation, initial_state, cu_seqlens)
-    (batch, tokens, width), taps = x.shape, weight.shape[1]
-    before = taps - 1
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial_state is None:
-        initial_state = x.new_zeros(sequences, width, before)
-    history = initial_state.to(x.dtype).mT
-    if cu_seqlens is None:
-        padded = torch.cat([history, x], dim=1)
-        output = _taps(padded, weight, activation)
-        return ConvOutput(output, padded[:, tokens:].mT.contiguous())
-    # Each packed sequence gets its own W-1 rows of history in front, so one convolution serves them all.
-    bounds = cu_seqlens.to(device=x.device, dtype=torch.long)
-    slots = torch.arange(tokens, device=x.device)
-    owner = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
-    places = slots + before * (owner + 1)
-    ahead = torch.arange(before, device=x.device)
-    starts = bounds[:-1] + before * torch.arange(sequences, device=x.device)
-    padded = x.new_zeros(tokens + before * sequences, width)
-    padded = padded.index_copy(0, (starts[:, None] + ahead).flatten(), history.reshape(-1, width))
-    padded = padded.index_copy(0, places, x[0])
-    output = _taps(padded[None], weight, activation)[:, places - before] if tokens else x.new_zeros(x.shape)
-    ends = bounds[1:] + before * torch.arange(sequences, device=x.device)
-    return ConvOutput(output, padded[ends[:, None] + ahead].mT.contiguous())
+    from kimi_linear.kernels.torch.short_conv import short_conv as run
 
-
-def _taps(padded: Tensor, weight: Tensor, activation: ConvActivation) -> Tensor:
-    """Valid convolution of [B, T+W-1, D] down to [B, T, D]."""
-    wide = torch.promote_types(padded.dtype, torch.float32)
-    tokens = padded.shape[1] - weight.shape[1] + 1
-    total = sum(padded[:, w : w + tokens].to(wide) * weight[:, w].to(wide) for w in range(weight.shape[1]))
-    assert isinstance(total, Tensor)
-    return (F.silu(total) if activation == "silu" else total).to(padded.dtype)
+    return ConvOutput(*run(x, weight, activation == "silu", initial_state, cu_seqlens))
