@@ -1,6 +1,7 @@
 """What tests and benchmarks share: realistic inputs, derived tolerances with a report, timers."""
 
 from kimi_linear.testing.factories import GATE_KINDS, GateKind, KDAInputs, kda_inputs
+from kimi_linear.testing.gradients import results
 from kimi_linear.testing.timers import Timing, compare, median_time, peak_memory
 from kimi_linear.testing.tolerances import (
     assert_close,
@@ -22,6 +23,7 @@ __all__ = [
     "median_time",
     "peak_memory",
     "relative_error",
+    "results",
     "rounding_band",
     "worst_element_report",
 ]

@@ -58,7 +58,7 @@ def test_one_nan_fails_and_is_counted():
 def test_a_reference_that_cannot_judge_is_refused():
     with pytest.raises(ValueError, match="low_precision_reference is not finite"):
         assert_close_to_reference(exact(), exact(), exact() * torch.nan, "o")
-    with pytest.raises(ValueError, match="expected torch.float64, got torch.float32"):
+    with pytest.raises(ValueError, match=r"expected torch\.float64, got torch\.float32"):
         assert_close_to_reference(exact(), exact().float(), exact(), "o")
     with pytest.raises(ValueError, match="has shape"):
         assert_close_to_reference(exact()[:1], exact(), exact(), "o")
