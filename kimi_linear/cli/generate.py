@@ -1,0 +1,66 @@
+"""``kimi-linear generate``: continue a prompt with the newest model, or with the one that is named."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from kimi_linear.cli.console import closing, memory, parse, stderr
+from kimi_linear.cli.folders import model_folder
+from kimi_linear.engine.config import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArgs:
+    """Flags of ``generate``."""
+
+    prompt: tyro.conf.Positional[str] = "def "
+    """Text to continue; "-" reads it from standard input."""
+    model: Path | None = None
+    """Folder of a model or of a run; the newest under runs/ where None."""
+    device: str = "auto"
+    """Such as "cpu" or "cuda:0"; "auto" takes a GPU where there is one."""
+    sampling: SamplingConfig = SamplingConfig(max_tokens=256)
+    """How to draw."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, load, stream."""
+    args = parse(GenerateArgs, "generate", argv, "Continue a prompt with a trained model; the text goes to stdout.")
+    since = time.monotonic()
+    folder = model_folder(args.model)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    console = stderr()
+    console.print(f"{folder}", style="dim")
+
+    from kimi_linear.cli.device import pick_device
+    from kimi_linear.engine import stream
+    from kimi_linear.folder import load
+
+    model, tokenizer = load(folder, device=pick_device(args.device))
+    if tokenizer is None:
+        raise ValueError(f"{folder}: expected a tokenizer beside the model, found none; it reads ids, not text")
+    how = args.sampling
+    pieces = stream(
+        model, tokenizer, prompt, max_tokens=how.max_tokens, temperature=how.temperature, top_k=how.top_k,
+        top_p=how.top_p, seed=how.seed, stop=how.stop,
+    )  # fmt: skip
+    print(prompt, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+        stats = pieces.stats
+        parts = {
+            "prompt": f"{stats.prompt_tokens} tokens in {stats.prefill_seconds:.2f} s",
+            "generated": f"{stats.generated_tokens} tokens, {stats.tokens_per_second:.0f} tokens/s",
+            "state": memory(stats.state_bytes),
+            "ended": stats.finish_reason or "interrupted",
+        }
+        closing(console, parts, since)
