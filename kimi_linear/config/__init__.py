@@ -2,6 +2,7 @@
 
 from kimi_linear.config.model import ConfigError, LinearConfig, Mixer, MLAConfig, ModelConfig, MoEConfig, replace
 from kimi_linear.config.presets import PRESETS, Baseline, baseline, preset
+from kimi_linear.config.release import from_release, to_release
 
 __all__ = [
     "PRESETS",
@@ -13,6 +14,8 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "baseline",
+    "from_release",
     "preset",
     "replace",
+    "to_release",
 ]
