@@ -87,9 +87,15 @@ def memory():
                 decays.append(tuple(-r * (0.5 if word else 2.5) * math.exp(noise.gauss(0, 0.3)) for r in rates))
                 betas.append(min(1.0, max(0.0, noise.gauss(0.7 if word else 0.35, 0.1))))
                 corrections.append(max(0.0, noise.gauss(1.4 if i < 14 else 0.7, 0.3)))
+            values = [max(1.0, noise.gauss(1.4, 0.1)) for _ in SENTENCE]
             heads.append(
                 MemoryHead(
-                    layer=layer, head=head, log_decay=tuple(decays), beta=tuple(betas), correction=tuple(corrections)
+                    layer=layer,
+                    head=head,
+                    log_decay=tuple(decays),
+                    beta=tuple(betas),
+                    correction=tuple(corrections),
+                    value=tuple(values),
                 )
             )
     return Memory(source="statistics.median", tokens=tuple(SENTENCE), heads=tuple(heads))

@@ -161,13 +161,15 @@ def test_the_heatmap_has_a_pixel_per_token_and_channel_sorted_by_half_life():
 def test_bars_are_as_high_as_their_values():
     svg = bars([0.0, 0.5, 1.0, 2.0], ceiling=1.0, color="red", name="beta")
     assert [float(h) for h in re.findall(r'<rect[^>]* height="([^"]*)"', svg)] == [0, 17, 34, 34]
+    svg = bars([1.0], ceiling=4.0, color="red", name="correction", behind=[2.0])
+    assert re.findall(r'<rect class="([^"]*)"[^>]* height="([^"]*)"', svg) == [("pale", "17.0"), ("solid", "8.5")]
 
 
 def test_the_panel_holds_each_tokens_numbers(results):
     head = results.memory.heads[3]
     shown = panel(head)
     assert shown.beta == head.beta
-    assert shown.largest_correction == max(head.correction)
+    assert shown.ceiling == max(*head.correction, *head.value)
     np.testing.assert_allclose(shown.half_lives[5][1], np.median(np.log(2) / -np.array(head.log_decay[5])), rtol=1e-12)
 
 

@@ -38,11 +38,14 @@ class MemoryPanel:
     """PNG as a data URI, one pixel per token and channel; the longest-lived channel on top."""
     beta_bars: str
     correction_bars: str
-    largest_correction: float
+    """The correction before a pale bar that is the value's length."""
+    ceiling: float
+    """What a full correction bar stands for."""
     half_lives: tuple[tuple[float, float, float], ...]
     """Per token: half-life, in tokens, of the channel at the 10th, 50th and 90th percentile."""
     beta: tuple[float, ...]
     correction: tuple[float, ...]
+    value: tuple[float, ...]
 
 
 def half_lives(log_decay: Sequence[Sequence[float]]) -> np.ndarray:
@@ -56,17 +59,20 @@ def panel(head: MemoryHead) -> MemoryPanel:
     """The pictures and numbers of ``head``."""
     lives = half_lives(head.log_decay)
     quantiles = np.quantile(np.minimum(lives, 1e6), [0.1, 0.5, 0.9], axis=1)
-    largest = max(head.correction)
+    ceiling = max(*head.correction, *head.value)
     return MemoryPanel(
         layer=head.layer,
         head=head.head,
         heatmap=heatmap(lives),
         beta_bars=bars(head.beta, ceiling=1.0, color="var(--beta)", name="beta"),
-        correction_bars=bars(head.correction, ceiling=largest, color="var(--correction)", name="correction"),
-        largest_correction=largest,
+        correction_bars=bars(
+            head.correction, ceiling=ceiling, color="var(--correction)", name="correction", behind=head.value
+        ),
+        ceiling=ceiling,
         half_lives=tuple((float(a), float(b), float(c)) for a, b, c in quantiles.T),
         beta=head.beta,
         correction=head.correction,
+        value=head.value,
     )
 
 
@@ -92,15 +98,19 @@ def color_scale(stops: int = 12) -> str:
     return f"linear-gradient(to right, {', '.join(colors)})"
 
 
-def bars(values: Sequence[float], *, ceiling: float, color: str, name: str) -> str:
-    """One bar per token as SVG; ``ceiling`` is a full bar."""
+def bars(
+    values: Sequence[float], *, ceiling: float, color: str, name: str, behind: Sequence[float] | None = None
+) -> str:
+    """One bar per token as SVG, before a wider pale one where ``behind`` is given; ``ceiling`` is a full bar."""
     width = CELL * len(values)
     parts = [f'<svg class="bars" width="{width}" height="{BAR_HEIGHT}" role="img" aria-label="{name} per token">']
-    for i, value in enumerate(values):
-        height = round(BAR_HEIGHT * min(value / ceiling, 1.0), 1) if ceiling > 0 else 0
-        parts.append(
-            f'<rect x="{i * CELL + 1}" y="{BAR_HEIGHT - height}" width="{CELL - 2}" height="{height}" style="fill:{color}"/>'
-        )
+    for row, kind, inset in ((behind or (), "pale", 1), (values, "solid", 3 if behind else 1)):
+        for i, value in enumerate(row):
+            height = round(BAR_HEIGHT * min(value / ceiling, 1.0), 1) if ceiling > 0 else 0
+            x, y = i * CELL + inset, BAR_HEIGHT - height
+            parts.append(
+                f'<rect class="{kind}" x="{x}" y="{y:g}" width="{CELL - 2 * inset}" height="{height}" style="fill:{color}"/>'
+            )
     return "".join([*parts, "</svg>"])
 
 
@@ -115,17 +125,22 @@ def in_words(memory: Memory) -> list[str]:
     medians = {key: np.median(values, axis=0) for key, values in lives.items()}
     longest = max(medians, key=lambda key: medians[key].max())
     shortest = min(medians, key=lambda key: medians[key].min())
-    late = [(c, t, h) for h in memory.heads for t, c in enumerate(h.correction) if t >= len(h.correction) // 4]
-    size, token, head = max(late, key=lambda item: item[0])
-    least, spared, calm = min(late, key=lambda item: item[0])
+    late = [
+        (size / max(value, 1e-9), token, head)
+        for head in memory.heads
+        for token, (size, value) in enumerate(zip(head.correction, head.value, strict=True))
+        if token >= len(head.value) // 4
+    ]
+    most, surprise, head = max(late, key=lambda item: item[0])
+    least, known, calm = min(late, key=lambda item: item[0])
     return [
         f"The longest memory is a channel of layer {longest[0]}, head {longest[1]}: at the sentence's median rate it "
         f"keeps half of what it holds for {tokens_in_words(medians[longest].max())}; the shortest, in layer "
         f"{shortest[0]}, head {shortest[1]}, for {tokens_in_words(medians[shortest].min())}.",
-        f"After the first quarter, when the memory is no longer empty, the largest correction is {size:.2f} at "
-        f"“{visible(memory.tokens[token])}” (token {token}, layer {head.layer}, head {head.head}) and the smallest "
-        f"{least:.2f} at “{visible(memory.tokens[spared])}” (token {spared}, layer {calm.layer}, head {calm.head}): "
-        "what the memory did not expect, and what it already knew.",
+        f"Once the memory holds something (after the first quarter), it was furthest off at "
+        f"“{visible(memory.tokens[surprise])}” (token {surprise}, layer {head.layer}, head {head.head}), where the "
+        f"correction is {most:.0%} of the value, and knew most at “{visible(memory.tokens[known])}” (token {known}, "
+        f"layer {calm.layer}, head {calm.head}): {least:.0%}.",
     ]
 
 

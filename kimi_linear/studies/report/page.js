@@ -21,6 +21,7 @@
       const [fast, median, slow] = panel.lives[index];
       row.querySelector(".beta").textContent = panel.beta[index].toFixed(3);
       row.querySelector(".correction").textContent = panel.correction[index].toFixed(3);
+      row.querySelector(".share").textContent = `${Math.round((100 * panel.correction[index]) / (panel.value[index] || 1))} %`;
       row.querySelector(".fast").textContent = life(fast);
       row.querySelector(".median").textContent = life(median);
       row.querySelector(".slow").textContent = life(slow);

@@ -128,6 +128,8 @@ class MemoryHead:
     """[T] strength of the write."""
     correction: tuple[float, ...]
     """[T] length of v - S̃ᵀk: how far the decayed memory's answer was from the value to be stored."""
+    value: tuple[float, ...]
+    """[T] length of v, which the correction has where the memory answers nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
