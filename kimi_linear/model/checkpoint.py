@@ -116,7 +116,9 @@ def load_weights(
     if dtype is not None:
         model.to(dtype)
     if model.device.type == "meta":
-        model.to_empty(device="cpu" if device is None else device)
+        place = "cpu" if device is None else device
+        # As model.to_empty, which would import torch's decompositions for a second.
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=place))
     elif device is not None:
         model.to(device)
     missing = release_tensors(model)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.model.linear_mixer import LinearMixer, wide
-from kimi_linear.model.parameters import linear
+from kimi_linear.model.parameters import Linear
 from kimi_linear.ops.contract import KDAOutput
 from kimi_linear.ops.linear_attention import chunk_gdn, recurrent_gdn
 
@@ -21,8 +21,8 @@ class GDN(LinearMixer):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, gate_channels=1)
-        self.a_proj = linear(config.hidden_size, config.linear.value_heads)
-        self.b_proj = linear(config.hidden_size, config.linear.value_heads)
+        self.a_proj = Linear(config.hidden_size, config.linear.value_heads)
+        self.b_proj = Linear(config.hidden_size, config.linear.value_heads)
 
     def mix(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.model.linear_mixer import LinearMixer, wide
-from kimi_linear.model.parameters import linear
+from kimi_linear.model.parameters import Linear
 from kimi_linear.ops.contract import BoundedGate, KDAOutput, SoftplusGate
 from kimi_linear.ops.kda import chunk_kda, recurrent_kda
 
@@ -23,9 +23,9 @@ class KDA(LinearMixer):
         shape = config.linear
         super().__init__(config, gate_channels=shape.head_dim)
         rank = shape.head_dim if shape.gate_rank is None else shape.gate_rank
-        self.f_a_proj = linear(config.hidden_size, rank)
-        self.f_b_proj = linear(rank, shape.value_heads * shape.head_dim)
-        self.b_proj = linear(config.hidden_size, shape.value_heads)
+        self.f_a_proj = Linear(config.hidden_size, rank)
+        self.f_b_proj = Linear(rank, shape.value_heads * shape.head_dim)
+        self.b_proj = Linear(config.hidden_size, shape.value_heads)
 
     def gate(self, x: Float[Tensor, "B T D"]) -> SoftplusGate | BoundedGate:
         """Forgetting gate of each token, value head and key channel."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kimi_linear.config import ModelConfig
-from kimi_linear.model.parameters import ConvWeight, KeepsFP32, RMSNorm, fp32_parameter, init_rate, init_step, linear
+from kimi_linear.model.parameters import ConvWeight, KeepsFP32, Linear, RMSNorm, fp32_parameter, init_rate, init_step
 from kimi_linear.model.state import KDAState
 from kimi_linear.ops.contract import BoundedGate, Impl, KDAOutput, SoftplusGate
 from kimi_linear.ops.dispatch import AVAILABLE
@@ -47,9 +47,9 @@ class LinearMixer(KeepsFP32):
         self.gate_channels = gate_channels
         self.key_width = shape.num_heads * shape.head_dim
         self.value_width = shape.value_heads * shape.value_dim
-        self.q_proj = linear(width, self.key_width)
-        self.k_proj = linear(width, self.key_width)
-        self.v_proj = linear(width, self.value_width)
+        self.q_proj = Linear(width, self.key_width)
+        self.k_proj = Linear(width, self.key_width)
+        self.v_proj = Linear(width, self.value_width)
         if shape.conv_size:
             self.q_conv1d = ConvWeight(self.key_width, shape.conv_size)
             self.k_conv1d = ConvWeight(self.key_width, shape.conv_size)
@@ -58,13 +58,13 @@ class LinearMixer(KeepsFP32):
         self.dt_bias = fp32_parameter(shape.value_heads * gate_channels)
         if shape.output_gate != "none":
             if shape.output_gate_rank == "full":
-                self.g_proj = linear(width, self.value_width)
+                self.g_proj = Linear(width, self.value_width)
             else:
                 rank = shape.value_dim if shape.output_gate_rank is None else shape.output_gate_rank
-                self.g_a_proj = linear(width, rank)
-                self.g_b_proj = linear(rank, self.value_width)
+                self.g_a_proj = Linear(width, rank)
+                self.g_b_proj = Linear(rank, self.value_width)
         self.o_norm = RMSNorm(shape.value_dim, config.rms_norm_eps)
-        self.o_proj = linear(self.value_width, width)
+        self.o_proj = Linear(self.value_width, width)
         self.flag_parameters()
 
     def check_impl(self, impl: Impl) -> None:

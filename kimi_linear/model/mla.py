@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kimi_linear.config import ModelConfig
-from kimi_linear.model.parameters import RMSNorm, linear
+from kimi_linear.model.parameters import Linear, RMSNorm
 from kimi_linear.model.state import MLAState
 from kimi_linear.ops.mla import mla_absorbed, mla_attention, rotary
 
@@ -29,11 +29,11 @@ class MLA(nn.Module):
         super().__init__()
         shape = config.mla
         self.shape = shape
-        self.q_proj = linear(config.hidden_size, shape.num_heads * shape.qk_head_dim)
-        self.kv_a_proj_with_mqa = linear(config.hidden_size, shape.latent_dim)
+        self.q_proj = Linear(config.hidden_size, shape.num_heads * shape.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, shape.latent_dim)
         self.kv_a_layernorm = RMSNorm(shape.kv_lora_rank, config.kv_norm_eps)
-        self.kv_b_proj = linear(shape.kv_lora_rank, shape.num_heads * (shape.qk_nope_head_dim + shape.v_head_dim))
-        self.o_proj = linear(shape.num_heads * shape.v_head_dim, config.hidden_size)
+        self.kv_b_proj = Linear(shape.kv_lora_rank, shape.num_heads * (shape.qk_nope_head_dim + shape.v_head_dim))
+        self.o_proj = Linear(shape.num_heads * shape.v_head_dim, config.hidden_size)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from kimi_linear.config import ModelConfig
 from kimi_linear.model.block import Block
 from kimi_linear.model.linear_mixer import LinearMixer
 from kimi_linear.model.moe import MoE
-from kimi_linear.model.parameters import RMSNorm, init_weights, linear
+from kimi_linear.model.parameters import Embedding, Linear, RMSNorm, init_weights
 from kimi_linear.model.state import ModelState
 from kimi_linear.model.trace import Trace, record
 from kimi_linear.ops.contract import Impl
@@ -25,7 +25,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -48,7 +48,7 @@ class KimiLinear(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = None if config.tie_embeddings else linear(config.hidden_size, config.vocab_size)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
         init_weights(self, config.initializer_range, seed)
 
     @property

@@ -86,9 +86,21 @@ class ConvWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A projection without bias: the model has none."""
-    return nn.Linear(inputs, outputs, bias=False)
+class Linear(nn.Linear):
+    """A projection without bias, as everywhere in the model, left unset until ``init_weights`` or a checkpoint."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: torch's own first values would be thrown away, and cost four seconds of imports on meta."""
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, left unset like ``Linear``."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, for the same reason."""
 
 
 def init_weights(model: nn.Module, std: float, seed: int | None) -> None:
@@ -101,7 +113,7 @@ def init_weights(model: nn.Module, std: float, seed: int | None) -> None:
         return
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding | ConvWeight):
+        if isinstance(module, Linear | Embedding | ConvWeight):
             nn.init.normal_(module.weight, std=std, generator=generator)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
