@@ -28,12 +28,12 @@ def parse(kind: type[Args], verb: str, argv: Sequence[str], description: str) ->
 
 def stdout() -> Console:
     """Where results go."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def stderr() -> Console:
     """Where remarks and progress go."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False)
 
 
 def track(
@@ -88,8 +88,8 @@ def table(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> Table:
     rows = list(rows)
     shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in rows[0] if rows else ():
-        number = all(isinstance(row[name], int | float) or row[name] is None for row in rows)
-        shown.add_column(name.replace("_", " "), justify="right" if number else "left")
+        number = all(str(cell(row[name]))[:1] in "0123456789-" for row in rows)
+        shown.add_column(name.replace("_", " "), justify="right" if number else "left", overflow="fold")
     for row in rows:
         shown.add_row(*map(cell, row.values()))
     return shown

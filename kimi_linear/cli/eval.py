@@ -16,7 +16,7 @@ from kimi_linear.cli.console import closing, count, parse, stderr, stdout, table
 from kimi_linear.cli.folders import model_folder
 
 if TYPE_CHECKING:
-    from kimi_linear.data import Task, Tokenizer
+    from kimi_linear.data import Batch, Task, Tokenizer
     from kimi_linear.evals import Eval
 
 
@@ -80,7 +80,7 @@ def _task(args: EvalArgs, task: Task, device: str) -> Eval:
 
 def _text(args: EvalArgs, tokenizer: Tokenizer | None, device: str, folder: Path, console: Console) -> Eval:
     from kimi_linear.cli.text import read_text
-    from kimi_linear.data import ByteTokenizer, in_order
+    from kimi_linear.data import in_order
     from kimi_linear.evals import Perplexity
 
     if tokenizer is None:
@@ -96,12 +96,15 @@ def _text(args: EvalArgs, tokenizer: Tokenizer | None, device: str, folder: Path
         sequence_length=args.length,
         max_batches=max(1, args.tokens // (rows * args.length)),
     )
-    per_token = 1.0 if isinstance(tokenizer, ByteTokenizer) else _bytes_per_token(tokenizer, batches)
-    return Perplexity(batches=lambda: batches, bytes_per_token=per_token, device=device)
+    return Perplexity(batches=lambda: batches, bytes_per_token=_bytes_per_token(tokenizer, batches), device=device)
 
 
-def _bytes_per_token(tokenizer: Tokenizer, batches: Sequence) -> float:
-    from kimi_linear.data import IGNORE
+def _bytes_per_token(tokenizer: Tokenizer, batches: Sequence[Batch]) -> float:
+    """Bytes of text by scored tokens. The end of a document is a token of no bytes."""
+    from kimi_linear.data import IGNORE, ByteTokenizer
 
-    ids = [batch.targets[batch.targets != IGNORE].tolist() for batch in batches]
-    return sum(len(tokenizer.decode(part).encode("utf-8")) for part in ids) / sum(map(len, ids))
+    ids = [token for batch in batches for token in batch.targets[batch.targets != IGNORE].tolist()]
+    text = [token for token in ids if token != tokenizer.eos_id]
+    # A byte's length needs no decoding, which would make three bytes of each one that a row's edge cut off.
+    in_bytes = len(text) if isinstance(tokenizer, ByteTokenizer) else len(tokenizer.decode(text).encode("utf-8"))
+    return in_bytes / len(ids)

@@ -108,25 +108,23 @@ def _costs(name: str) -> None:
 
     config = preset(name)
     twin = baseline(config, "mla")
-    rows = []
-    for label, each in ((name, config), ("all full attention", twin)):
-        cost = footprint(each)
-        rows.append(
-            {
-                "model": label,
-                "parameters": cost.parameters,
-                "active": cost.active_parameters,
-                "state per sequence": memory(cost.state_bytes),
-                "cache per token": memory(cost.token_bytes),
-                "at 8K": memory(cost.context_bytes(2**13)),
-                "at 128K": memory(cost.context_bytes(2**17)),
-                "at 1M": memory(cost.context_bytes(2**20)),
-            }
+    ours, theirs = footprint(config), footprint(twin)
+    rows = [
+        {"": label, name: shown(ours), "all full attention": shown(theirs)}
+        for label, shown in (
+            ("parameters", lambda cost: f"{cost.parameters:,}"),
+            ("active per token", lambda cost: f"{cost.active_parameters:,}"),
+            ("state per sequence", lambda cost: memory(cost.state_bytes)),
+            ("cache per token", lambda cost: memory(cost.token_bytes)),
+            ("context of 8K", lambda cost: memory(cost.context_bytes(2**13))),
+            ("context of 128K", lambda cost: memory(cost.context_bytes(2**17))),
+            ("context of 1M", lambda cost: memory(cost.context_bytes(2**20))),
         )
+    ]
     out = stdout()
-    out.print(f"{name}: {config.num_layers} layers, {_layers(config.layer_mixers)}; width {config.hidden_size}")
+    out.print(f"{name}: {config.num_layers} layers ({_layers(config.layer_mixers)}), width {config.hidden_size:,}")
     out.print(table(rows))
-    out.print("Cache in bf16, recurrent states in fp32, one sequence.", style="dim")
+    out.print("One sequence; caches in bf16, recurrent states in fp32.", style="dim")
 
 
 def _layers(mixers: Sequence[str]) -> str:
