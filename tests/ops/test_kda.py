@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kimi_linear.ops import KDAOutput, chunk_kda, recurrent_kda
 from kimi_linear.testing.factories import GATE_KINDS, KDAInputs, kda_inputs
+from kimi_linear.testing.tolerances import assert_close_to_reference, relative_error
 
 OPS = {"chunk": chunk_kda, "recurrent": recurrent_kda}
 LAYOUTS = {
@@ -30,15 +31,12 @@ def run(inputs: KDAInputs, op: str, impl: str) -> dict[str, Tensor]:
     )
     random = torch.Generator().manual_seed(7)
     weights = [torch.randn(x.shape, generator=random, dtype=torch.float64) for x in result]
+    weights[1] /= inputs.q.shape[-1]  # or the last tokens, which alone reach the final state, would drown the others
     loss = sum((x.to(torch.float64) * w).sum() for x, w in zip(result, weights, strict=True))
     leaves = inputs.leaves()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     named = dict(zip(leaves, gradients, strict=True))
     return {"output": result.output, "final_state": result.final_state} | {f"d {n}": x for n, x in named.items()}
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    return ((actual.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -56,18 +54,16 @@ def test_equals_the_recurrence(op: str, impl: str, gate: str, layout: str) -> No
 @pytest.mark.parametrize("gate", GATE_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_exact_as_the_recurrence(gate: str, dtype: torch.dtype) -> None:
-    """Error against fp64 at most twice the recurrence's own at that precision, plus one rounding of the result.
+    """Error against fp64 at most twice the recurrence's own at that precision, plus the rounding of the result.
 
     The gate is a plain log-decay here: the gradients of A_log and dt_bias are long sums made of its gradient by code
     that all implementations share, and the rounding of a sum that nearly cancels is a matter of luck.
     """
-    inputs = kda_inputs(batch=1, tokens=256, heads=2, key_dim=64, gate=gate, dtype=dtype)
+    inputs = kda_inputs(batch=8, tokens=128, heads=2, key_dim=64, gate=gate, dtype=dtype)
     exact = run(inputs.to(torch.float64), "recurrent", "reference")
     plain, actual = run(inputs, "recurrent", "reference"), run(inputs, "chunk", "torch")
     for name, value in actual.items():
-        assert not value.isnan().any(), name
-        allowed = 2 * relative_error(plain[name], exact[name]) + torch.finfo(value.dtype).eps
-        assert relative_error(value, exact[name]) <= allowed, name
+        assert_close_to_reference(value, exact[name], plain[name], name)
 
 
 def call(inputs: KDAInputs, op: str = "chunk", impl: str = "torch", **changes: object) -> KDAOutput:
