@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 Mixer: TypeAlias = Literal["kda", "gdn", "mamba2", "mla"]
+"""What mixes the tokens of one layer: a memory of fixed size, or full attention ("mla")."""
 LinearMixer: TypeAlias = Literal["kda", "gdn", "mamba2"]
 
 

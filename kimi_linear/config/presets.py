@@ -84,8 +84,10 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "small": small,
     "medium": medium,
 }
+"""Every named configuration."""
 
 Baseline = Literal["mla", "mla-nope", "gdn", "mamba2"]
+"""What ``baseline`` puts in place of the KDA layers."""
 
 
 def baseline(config: ModelConfig, kind: Baseline) -> ModelConfig:

@@ -22,6 +22,7 @@ from kimi_linear.data.corpus import Corpus
 from kimi_linear.data.synthetic import Task
 
 Packing: TypeAlias = Literal["packed", "rows"]
+"""Documents back to back with ``cu_seqlens``, or rows of equal length cut from the stream."""
 
 
 class BatchStream(Protocol):

@@ -1,0 +1,1 @@
+"""Implementations of the operations, without validation or policy; each family stands alone."""

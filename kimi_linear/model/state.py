@@ -119,6 +119,7 @@ class MLAState:
 
 
 LayerState = KDAState | MLAState
+"""What one layer carries from token to token."""
 
 
 @dataclass(eq=False, kw_only=True)

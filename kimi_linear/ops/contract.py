@@ -79,6 +79,7 @@ class BoundedGate:
 
 
 Gate: TypeAlias = Tensor | SoftplusGate | BoundedGate
+"""How a token forgets: the log-decay itself, or a raw projection with the function that makes one."""
 
 
 def log_decay(gate: Gate) -> Float[Tensor, "B T HV K"]:

@@ -1,0 +1,1 @@
+"""The specification: each recurrence beside its equation, and a readable chunked form."""

@@ -25,7 +25,9 @@ from torch import Tensor
 from kimi_linear.ops.contract import BoundedGate, Gate, SoftplusGate, log_decay
 
 GateKind: TypeAlias = Literal["init", "fast", "bounded", "stress", "mixed"]
+"""How strongly a test's gates forget; ``kda_inputs`` says what each means."""
 GATE_KINDS: tuple[GateKind, ...] = get_args(GateKind)
+"""Every ``GateKind``, for ``pytest.mark.parametrize``."""
 
 FAST_BIAS = -1.09
 """dt_bias with a mean log-decay of -8.5 * E[softplus(x - 1.09)] = -3.2, for A ~ U(1, 16) and x ~ N(0, 1)."""

@@ -1,0 +1,1 @@
+"""Implementations in plain PyTorch, for every device."""
