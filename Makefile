@@ -40,7 +40,8 @@ format: install-dev  ## rewrite the files as `make lint` wants them
 	$(BIN)/ruff check --fix .
 
 bench: install-dev  ## every benchmark of this machine; writes benchmarks/results/
-	for script in benchmarks/[a-z]*/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/[a-z]*/[a-z]*.py; do module=$$(echo "$${script%.py}" | tr / .); \
+	  echo "== python -m $$module"; $(BIN)/python -m "$$module" || exit 1; done
 
 hooks: install-dev  ## run the cheap checks at every commit
 	$(BIN)/pre-commit install
