@@ -107,8 +107,8 @@ def test_transition_products_are_the_matrices_between_two_tokens():
     assert between[1, 3].count_nonzero() == 0
 
 
-def test_transition_product_reduces_to_a_rotation_of_positions_without_correction():
-    """With beta = 0 the product is the diagonal decay between the tokens: attention with a relative bias by channel."""
+def test_without_correction_the_product_is_the_decay_in_between():
+    """With beta = 0 what lies between two tokens is a decay by channel: a position bias that the gate makes."""
     i = inputs("init", tokens=5)
     g = i.log_decay[0, :, 0]
     between = products(transitions(i.k[0, :, 0], g, torch.zeros(5, dtype=torch.float64)))
