@@ -26,14 +26,20 @@ def parse(kind: type[Args], verb: str, argv: Sequence[str], description: str) ->
     return tyro.cli(kind, prog=f"kimi-linear {verb}", description=description, args=argv, config=config)
 
 
+class _Pipe(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would exit with 1 when the reader of a pipe has gone; for us that is no error (see cli/main.py).
+        raise BrokenPipeError
+
+
 def stdout() -> Console:
     """Where results go."""
-    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    return _Pipe(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def stderr() -> Console:
     """Where remarks and progress go."""
-    return Console(stderr=True, highlight=False, markup=False)
+    return _Pipe(stderr=True, highlight=False, markup=False)
 
 
 def track(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -25,7 +25,7 @@ class GenerateArgs:
     """Folder of a model or of a run; the newest under runs/ where None."""
     device: str = "auto"
     """Such as "cpu" or "cuda:0"; "auto" takes a GPU where there is one."""
-    sampling: SamplingConfig = SamplingConfig(max_tokens=256)
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_tokens=256))
     """How to draw."""
 
 

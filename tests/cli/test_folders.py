@@ -1,0 +1,43 @@
+"""The model that a verb means: the one named, the newest below it, or the newest of all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kimi_linear.cli.folders import model_folder
+
+
+def make(folder: Path, age: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").touch()
+    os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
+    return folder
+
+
+def test_the_newest_is_taken(tmp_path):
+    make(tmp_path / "train" / "step-1", 30)
+    new = make(tmp_path / "train" / "step-2", 10)
+    other = make(tmp_path / "demo" / "hybrid", 5)
+    assert model_folder(None, tmp_path) == other
+    assert model_folder(tmp_path / "train") == new
+    assert model_folder(tmp_path / "train" / "step-1") == tmp_path / "train" / "step-1"
+
+
+def test_of_equal_age_the_later_step_is_taken(tmp_path):
+    make(tmp_path / "step-00001", 0)
+    later = make(tmp_path / "step-00002", 0)
+    assert model_folder(None, tmp_path) == later
+
+
+def test_a_folder_without_weights_is_no_model(tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").touch()
+    with pytest.raises(FileNotFoundError, match="make one with: kimi-linear train"):
+        model_folder(None, tmp_path)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a model folder"):
+        model_folder(tmp_path / "nowhere", tmp_path)
