@@ -261,12 +261,16 @@ class ModelConfig:
     def from_dict(values: dict[str, Any]) -> ModelConfig:
         """The configuration that ``to_dict`` wrote. Raises ``ConfigError`` for an unknown or missing key."""
         values = dict(values)
-        for name, kind in (("linear", LinearConfig), ("mla", MLAConfig), ("moe", MoEConfig)):
+        for name, kind in NESTED.items():
             if values.get(name) is not None:
                 values[name] = _build(kind, values[name], f"{name}.")
         if values.get("mixers") is not None:
             values["mixers"] = tuple(values["mixers"])
         return _build(ModelConfig, values, "")
+
+
+NESTED: dict[str, type] = {"linear": LinearConfig, "mla": MLAConfig, "moe": MoEConfig}
+"""The fields of ``ModelConfig`` that are configurations themselves."""
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -283,13 +287,18 @@ def replace(config: ModelConfig, **changes: Any) -> ModelConfig:
     merged: dict[str, Any] = {}
     for name, value in changes.items():
         _expect(name in names, name, f"a field of ModelConfig ({', '.join(sorted(names))})", value)
-        current = getattr(config, name)
-        nested = isinstance(value, dict) and dataclasses.is_dataclass(current)
-        merged[name] = _build(type(current), {**dataclasses.asdict(current), **value}, f"{name}.") if nested else value
+        kind, current = NESTED.get(name), getattr(config, name)
+        if kind is None or not isinstance(value, dict):
+            merged[name] = value
+        else:
+            before = {} if current is None else dataclasses.asdict(current)
+            merged[name] = _build(kind, {**before, **value}, f"{name}.")
     return dataclasses.replace(config, **merged)
 
 
-def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+def _build(kind: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.')}: expected an object of {kind.__name__}'s keys, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -300,7 +309,20 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
     )  # fmt: skip
     if missing:
         raise ConfigError(f"{prefix}{missing[0]}: missing key; {kind.__name__} needs it")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        _plain_type(f"{prefix}{name}", value, hints[name])
     return kind(**values)
+
+
+def _plain_type(name: str, value: object, hint: Any) -> None:
+    """A number, switch or text of the field's type; values read from a file are only as good as the file."""
+    options = [o for part in get_args(hint) or (hint,) for o in (get_args(part) or (part,))]
+    allowed = tuple(t for t in options if t in (int, float, bool, str))
+    if not allowed or value in options or (value is None and type(None) in options):
+        return
+    exact = type(value) in allowed or (float in allowed and type(value) is int)
+    _expect(exact, name, " or ".join(t.__name__ for t in allowed), value)
 
 
 def _expect(ok: bool, name: str, expected: str, got: object) -> None:

@@ -9,14 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kimi_linear.config.model import (
-    ConfigError,
-    LinearConfig,
-    Mixer,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-)
+from kimi_linear.config.model import ConfigError, Mixer, ModelConfig
 
 MODEL_TYPE, ARCHITECTURE = "kimi_linear", "KimiLinearForCausalLM"
 VARIANT_TYPE, VARIANT_ARCHITECTURE = "kimi_linear_variant", "KimiLinearVariantForCausalLM"
@@ -209,30 +202,30 @@ def _read(values: dict[str, Any]) -> ModelConfig:
     fields = {name: values[key] for key, name in RENAMED.items() if key in values}
     for key in ("vocab_size", "hidden_size", "intermediate_size"):
         _need(values, key)
-    mla = {name: values[key] for key, name in RENAMED_MLA.items() if key in values}
     fields |= {
         "linear": _linear(linear_values),
-        "mla": MLAConfig(**mla, position="nope" if values.get("mla_use_nope", True) else "rope"),
+        "mla": {name: values[key] for key, name in RENAMED_MLA.items() if key in values}
+        | {"position": "nope" if values.get("mla_use_nope", True) else "rope"},
         "moe": _moe(values),
     }
     for pattern in PATTERNS:
-        config = ModelConfig(**fields, pattern=pattern)
+        config = ModelConfig.from_dict(fields | {"pattern": pattern})
         if config.layer_mixers == mixers:
             return config
-    return ModelConfig(**fields, mixers=mixers)
+    return ModelConfig.from_dict(fields | {"mixers": mixers})
 
 
-def _linear(values: dict[str, Any]) -> LinearConfig:
+def _linear(values: dict[str, Any]) -> dict[str, Any]:
     fields = {name: values[key] for key, name in RENAMED_LINEAR.items() if key in values}
     _need(values, "num_heads", "linear_attn_config.")
     if values.get("gate_lower_bound") is not None:
         fields |= {"gate": "bounded", "gate_lower_bound": values["gate_lower_bound"]}
     if values.get("use_full_rank_gate"):
         fields["output_gate_rank"] = "full"
-    return LinearConfig(**fields)
+    return fields
 
 
-def _moe(values: dict[str, Any]) -> MoEConfig | None:
+def _moe(values: dict[str, Any]) -> dict[str, Any] | None:
     if values.get("num_experts") is None:
         return None
     fields = {name: values[key] for key, name in RENAMED_MOE.items() if values.get(key) is not None}
@@ -244,7 +237,7 @@ def _moe(values: dict[str, Any]) -> MoEConfig | None:
         raise ConfigError(
             f"use_grouped_topk: expected true, as num_expert_group == {fields['num_groups']} asks for, got false"
         )
-    return MoEConfig(**fields)
+    return fields
 
 
 def _mixers(values: dict[str, Any], layers: int) -> tuple[Mixer, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.model.linear_mixer import LinearMixer, wide
-from kimi_linear.model.parameters import Linear
+from kimi_linear.model.parameters import Linear, outside_autocast
 from kimi_linear.ops.contract import KDAOutput
 from kimi_linear.ops.linear_attention import chunk_mamba2, recurrent_mamba2
 
@@ -44,7 +44,9 @@ class Mamba2(LinearMixer):
         gate = self.parameterised_gate(raw).log_decay()[..., 0]
         step = F.softplus(wide(raw) + self.dt_bias[:, None])
         run = recurrent_mamba2 if recurrent else chunk_mamba2
-        return run(
-            q, k, (v * step).to(v.dtype), gate,
-            normalize_qk=True, initial_state=initial_state, cu_seqlens=cu_seqlens, impl=self.impl,
-        )  # fmt: skip
+        v = (v * step).to(v.dtype)
+        with outside_autocast(x):
+            return run(
+                q, k, v, gate,
+                normalize_qk=True, initial_state=initial_state, cu_seqlens=cu_seqlens, impl=self.impl,
+            )  # fmt: skip

@@ -55,7 +55,7 @@ class MLA(nn.Module):
         if state is not None:
             latent = state.append(latent).to(q.dtype)
         scale = shape.qk_head_dim**-0.5
-        if state is not None and tokens <= ABSORBED_TOKENS:
+        if state is not None and 0 < tokens <= ABSORBED_TOKENS:
             kv_up = self.kv_b_proj.weight.view(shape.num_heads, -1, shape.kv_lora_rank).to(q.dtype)
             output = mla_absorbed(q_nope, q_shared, latent, kv_up, scale=scale)
         else:

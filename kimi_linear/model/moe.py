@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.model.mlp import MLP
-from kimi_linear.model.parameters import KeepsFP32, fp32_parameter
+from kimi_linear.model.parameters import KeepsFP32, fp32_parameter, outside_autocast
 from kimi_linear.ops.moe import Routing, moe_experts, route
 
 
@@ -42,7 +42,7 @@ class Router(KeepsFP32):
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Logits, computed in fp32: rounding them would change which experts win."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
 

@@ -101,7 +101,7 @@ class MLAState:
         capacity = self.buffer.shape[1]
         if tokens <= capacity:
             return
-        grown = self.buffer.new_empty(self.batch_size, max(tokens, 2 * capacity), self.buffer.shape[2])
+        grown = self.buffer.new_empty(self.batch_size, max(tokens, 2 * capacity, FIRST_CAPACITY), self.buffer.shape[2])
         grown[:, : self.length] = self.latent
         self.buffer = grown
 
