@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kimi_linear.ops.autocast import outside_autocast
 from kimi_linear.ops.contract import NORM_EPS, Gate, Impl, KDAOutput, log_decay
 from kimi_linear.ops.dispatch import OpFacts, choose_impl
 from kimi_linear.ops.validation import check_kda
@@ -63,7 +64,8 @@ def chunk_kda(
         from kimi_linear.kernels.torch.chunk_kda import chunk_kda as run
     else:
         from kimi_linear.reference.kda import chunk_kda as run
-    return KDAOutput(*run(q, k, v, g, beta, scale, initial_state, cu_seqlens))
+    with outside_autocast(q):
+        return KDAOutput(*run(q, k, v, g, beta, scale, initial_state, cu_seqlens))
 
 
 def recurrent_kda(
@@ -103,11 +105,13 @@ def recurrent_kda(
         from kimi_linear.kernels.torch.recurrent_kda import recurrent_kda as run
     else:
         from kimi_linear.reference.kda import recurrent_kda as run
-    if state_indices is None:
-        return KDAOutput(*run(q, k, v, g, beta, scale, initial_state, cu_seqlens))
+    slots = None if state_indices is None else state_indices.long()
+    state = initial_state if slots is None or initial_state is None else initial_state[slots]
+    with outside_autocast(q):
+        output, final_state = run(q, k, v, g, beta, scale, state, cu_seqlens)
+    if slots is None:
+        return KDAOutput(output, final_state)
     assert initial_state is not None
-    slots = state_indices.long()
-    output, final_state = run(q, k, v, g, beta, scale, initial_state[slots], cu_seqlens)
     initial_state[slots] = final_state
     return KDAOutput(output, initial_state)
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kimi_linear.ops.autocast import outside_autocast
 from kimi_linear.ops.contract import Impl, KDAOutput
 from kimi_linear.ops.dispatch import OpFacts, choose_impl
 from kimi_linear.ops.kda import l2_normalize
@@ -140,7 +141,8 @@ def _call(
     if normalize_qk:
         q, k = l2_normalize(q), l2_normalize(k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return KDAOutput(*run(q, k, v, *gates, scale, initial_state, cu_seqlens))
+    with outside_autocast(q):
+        return KDAOutput(*run(q, k, v, *gates, scale, initial_state, cu_seqlens))
 
 
 def _use_torch(op: str, q: Tensor, v: Tensor, tensors: tuple[Tensor | None, ...], impl: Impl) -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kimi_linear.ops.autocast import autocast_like_linear
 from kimi_linear.ops.validation import check_mla_absorbed, check_mla_attention, check_rotary
 
 QUERY_BLOCK = 512
@@ -35,11 +36,12 @@ def mla_attention(
             other.
 
     Returns:
-        [B, T, H, Dv] in v's dtype.
+        [B, T, H, Dv] in v's dtype, or that of an active autocast.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device or offset.
     """
+    q, k, v = autocast_like_linear(q, k, v)
     check_mla_attention(q, k, v, cu_seqlens)
     if q.shape[1] == 0:
         return v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3])
@@ -95,11 +97,12 @@ def mla_absorbed(
             S where None. The queries are the last T of them.
 
     Returns:
-        [B, T, H, Dv] in q_nope's dtype.
+        [B, T, H, Dv] in q_nope's dtype, or that of an active autocast.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device or length.
     """
+    q_nope, q_shared, latent, kv_up = autocast_like_linear(q_nope, q_shared, latent, kv_up)
     check_mla_absorbed(q_nope, q_shared, latent, kv_up, lengths)
     (_, tokens, _, nope), rank, seen = q_nope.shape, kv_up.shape[2], latent.shape[1]
     queries = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, kv_up[:, :nope]), q_shared], dim=-1)

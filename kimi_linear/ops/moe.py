@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kimi_linear.ops.autocast import autocast_like_linear
 from kimi_linear.ops.validation import check_moe_experts, check_route, check_swiglu
 
 
@@ -95,11 +96,13 @@ def moe_experts(
         down: [E, D, I].
 
     Returns:
-        [T, D] in x's dtype; the sum over the experts is taken in the weights' precision.
+        [T, D] in x's dtype, or that of an active autocast; the sum over the experts is taken in the precision of
+        the routing's weights.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape or device, or an expert outside [0, E).
     """
+    x, gate_up, down = autocast_like_linear(x, gate_up, down)
     check_moe_experts(x, routing.experts, routing.weights, gate_up, down)
     tokens, top_k = routing.experts.shape
     if tokens * top_k == 0:
