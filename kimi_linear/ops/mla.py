@@ -50,8 +50,9 @@ def mla_attention(
         return _causal(q, k, v, scale).transpose(1, 2)
     # split, not slices: the gradient of each slice would be a tensor of the whole size.
     lengths = cu_seqlens.diff().tolist()
-    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([_causal(*part, scale) for part in parts if part[0].shape[2]], dim=2).transpose(1, 2)
+    parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
+    outputs = [_causal(*part, scale=scale) for part in parts if part[0].shape[2]]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from kimi_linear.testing.tolerances import assert_close, assert_close_to_referen
 EPS = 1e-5
 
 
-def formula(x: Tensor, weight: Tensor, gate: Tensor | None = None, activation: str = "none") -> Tensor:
+def formula(x: Tensor, weight: Tensor, gate: Tensor | None = None, *, activation: str = "sigmoid") -> Tensor:
     y = x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
     if gate is None:
         return y
@@ -32,7 +32,7 @@ def test_gate_comes_after_the_norm(activation: str) -> None:
     x, gate = torch.randn(2, 3, 4, 16, dtype=torch.float64), torch.randn(2, 3, 4, 16, dtype=torch.float64)
     weight = torch.randn(16, dtype=torch.float64)
     got = gated_rms_norm(x, gate, weight, EPS, activation)  # type: ignore[arg-type]
-    assert_close(got, formula(x, weight, gate, activation), activation)
+    assert_close(got, formula(x, weight, gate, activation=activation), activation)
     assert torch.equal(gated_rms_norm(x, None, weight, EPS, "none"), rms_norm(x, weight, EPS))
 
 
@@ -62,7 +62,8 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS), (x, weight))
     for activation in ("sigmoid", "swish"):
         assert torch.autograd.gradcheck(
-            lambda x, g, w, a=activation: gated_rms_norm(x, g, w, EPS, a), (x, gate, weight)
+            lambda x, g, w, a=activation: gated_rms_norm(x, g, w, EPS, a),  # type: ignore[arg-type]
+            (x, gate, weight),
         )
 
 

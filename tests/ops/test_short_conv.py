@@ -49,7 +49,8 @@ def test_gradients_of_every_input() -> None:
     state = torch.randn(2, 3, 3, dtype=F64, requires_grad=True)
     for activation in ("silu", "none"):
         assert torch.autograd.gradcheck(
-            lambda x, w, s, a=activation: short_conv(x, w, activation=a, initial_state=s), (x, weight, state)
+            lambda x, w, s, a=activation: short_conv(x, w, activation=a, initial_state=s),  # type: ignore[arg-type]
+            (x, weight, state),
         )
 
 
