@@ -89,7 +89,7 @@ def _text(args: EvalArgs, tokenizer: Tokenizer | None, device: str, folder: Path
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(args, name)}")
     _, held_out = read_text(args.data, tokenizer, console)
-    rows = max(1, 8192 // args.length)
+    rows = max(1, min(8192, args.tokens) // args.length)
     batches = in_order(
         held_out,
         batch_size=rows,

@@ -32,8 +32,13 @@ def read_cell(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_cell(path: Path, settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Write a cell so that it is there whole or not at all."""
+    """Write a finished cell."""
+    write_json(path, {"settings": dict(settings), **values})
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"settings": dict(settings), **values}, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
