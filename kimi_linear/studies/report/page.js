@@ -20,7 +20,7 @@
       const row = readout.querySelector(`tr[data-layer="${panel.layer}"]`);
       const [fast, median, slow] = panel.lives[index];
       row.querySelector(".beta").textContent = panel.beta[index].toFixed(3);
-      row.querySelector(".correction").textContent = panel.correction[index].toFixed(3);
+      row.querySelector(".correction").textContent = panel.correction[index].toPrecision(3);
       row.querySelector(".share").textContent = `${Math.round((100 * panel.correction[index]) / (panel.value[index] || 1))} %`;
       row.querySelector(".fast").textContent = life(fast);
       row.querySelector(".median").textContent = life(median);
@@ -53,5 +53,8 @@
   // Begin at the largest correction once the memory holds something, so that the picture explains itself.
   const first = data.panels.filter((p) => p.head === head).at(-1).correction;
   const start = Math.floor(first.length / 4);
-  show(first.indexOf(Math.max(...first.slice(start)), start));
+  const surprise = first.indexOf(Math.max(...first.slice(start)), start);
+  show(surprise);
+  const scroller = strip.parentElement;
+  if (scroller.scrollWidth > scroller.clientWidth) scroller.scrollLeft = tokens[surprise].offsetLeft - scroller.clientWidth / 2;
 })();

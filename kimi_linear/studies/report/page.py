@@ -266,9 +266,9 @@ def _hover(results: DemoResults, panels: Sequence[memory_pictures.MemoryPanel]) 
             {
                 "layer": p.layer,
                 "head": p.head,
-                "beta": [round(b, 3) for b in p.beta],
-                "correction": [round(c, 3) for c in p.correction],
-                "value": [round(v, 3) for v in p.value],
+                "beta": p.beta,
+                "correction": p.correction,
+                "value": p.value,
                 "lives": [[float(f"{x:.3g}") for x in row] for row in p.half_lives],
             }
             for p in panels

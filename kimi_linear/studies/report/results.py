@@ -21,6 +21,9 @@ SCHEMA = 1
 
 ModelName = Literal["hybrid", "attention"]
 
+LABELS: dict[ModelName, str] = {"hybrid": "hybrid", "attention": "full attention"}
+"""What tables and pages call the models."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
