@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-from kimi_linear.data import Packing
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -18,7 +16,7 @@ class TrainConfig:
     """Sequences per step."""
     sequence_length: int = 256
     """Tokens per sequence; a packed batch has batch_size times as many, in sequences of at most this length."""
-    packing: Packing = "rows"
+    packing: Literal["rows", "packed"] = "rows"
     """How text is cut: "rows" of equal length (fastest for small models), or "packed" documents that never see each other."""
     lr: float = 2e-3
     """Peak learning rate, of AdamW and of Muon alike."""
@@ -74,7 +72,7 @@ class TrainConfig:
             _expect(all(0 <= b < 1 for b in value), name, "numbers in [0, 1)", value)
         hints = get_type_hints(TrainConfig)
         for name in ("packing", "optimizer", "schedule", "precision"):
-            options = get_args(hints[name])
+            options = sorted(get_args(hints[name]))
             _expect(getattr(self, name) in options, name, f"one of {', '.join(options)}", getattr(self, name))
 
 

@@ -89,7 +89,7 @@ def _loss_and_gradients(
         # d loss / d logits = (softmax - one-hot) / count, in the place of the logits.
         slope = logits.sub_(log_norm).exp_()
         slope.scatter_add_(1, labels, -torch.ones_like(slope[:, :1]))
-        slope = slope.mul_(mask / count).to(dtype)
+        slope = slope.mul_(mask).div_(count).to(dtype)
         if grad_hidden is not None:
             grad_hidden[span] = (slope @ narrow_weight).to(hidden.dtype)
         if grad_weight is not None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -74,8 +77,10 @@ class Trainer:
                 f"model: expected fp32 weights, got {model.dtype}, in which small updates vanish; load it with "
                 "dtype=torch.float32, and use precision='bf16' for the speed"
             )
+        _check_vocabulary("train_data", train_data, model)
+        _check_vocabulary("val_data", val_data, model)
         self.config, self.folder, self.tokenizer = config, Path(folder), tokenizer
-        self.device = torch.device(_device(config.device))
+        self.device = _device(config.device, model)
         self.model = model.to(self.device)
         self.step = self.tokens = 0
         self._stream = _stream(train_data, config)
@@ -84,7 +89,7 @@ class Trainer:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._times: deque[tuple[int, float]] = deque(maxlen=_SPEED_WINDOW)
         self._saved_step = 0
-        self._updating = False
+        self._worth_saving = True
         checkpoint = latest(self.folder)
         if checkpoint is not None:
             if not resume:
@@ -99,8 +104,8 @@ class Trainer:
     def run(self) -> Iterator[StepMetrics]:
         """Train to the last step, yielding after each.
 
-        However it ends, a checkpoint of the last whole step is left; only a non-finite loss, or an interrupt in the
-        middle of an update, leaves the one before.
+        However it ends, by the last step, by leaving the loop, by Ctrl-C or an error, a checkpoint of the last whole step
+        is left. Only a non-finite loss, and a failure in the middle of an update, leave the checkpoint before.
 
         Raises:
             NonFiniteError: the loss or gradient is not finite. OSError: a checkpoint cannot be written.
@@ -109,21 +114,17 @@ class Trainer:
             return
         remove_unfinished(self.folder)
         log = MetricsLog(self.folder, step=self.step, tensorboard=self.config.tensorboard)
-        failed = False
         try:
             while self.step < self.config.steps:
                 metrics = self._one_step()
-                if self.step % self.config.log_every == 0 or metrics.val_loss is not None or self._at_end:
+                if self._due(self.config.log_every) or metrics.val_loss is not None or self._at_end:
                     log.write(metrics)
                 if self._due(self.config.save_every):
                     self.save()
                 yield metrics
-        except NonFiniteError:
-            failed = True
-            raise
         finally:
             log.close()
-            if not failed and not self._updating and self.step != self._saved_step:
+            if self._worth_saving and self.step != self._saved_step:
                 self.save()
 
     def save(self) -> Path:
@@ -136,8 +137,12 @@ class Trainer:
             "data": self._data_state,
             "random": _random_state(self.device),
         }
-        saved = save_checkpoint(self.folder, self.step, self.model, self.tokenizer, state, keep=self.config.keep)
-        self._saved_step = self.step
+        try:
+            saved = save_checkpoint(self.folder, self.step, self.model, self.tokenizer, state, keep=self.config.keep)
+        except OSError:
+            self._worth_saving = False  # leaving the loop would only fail again
+            raise
+        self._saved_step, self._worth_saving = self.step, True
         return saved
 
     @torch.no_grad()
@@ -176,14 +181,15 @@ class Trainer:
         loss_value, norm_value = torch.stack([loss.detach().double(), norm.double()]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise self._non_finite(loss_value, norm_value)
-        self._updating = True
-        self._optimizers.step(lr)
-        if self.config.balance_rate:
-            balance_experts(self.model, self.config.balance_rate)
-        self._data_state = self._stream.state_dict()
-        self.step += 1
-        self.tokens += batch.num_tokens
-        self._updating = False
+        self._worth_saving = False
+        with _interrupt_later():
+            self._optimizers.step(lr)
+            if self.config.balance_rate:
+                balance_experts(self.model, self.config.balance_rate)
+            self._data_state = self._stream.state_dict()
+            self.step += 1
+            self.tokens += batch.num_tokens
+            self._worth_saving = True
         self._optimizers.zero_grad()
         self._times.append((batch.num_tokens, time.perf_counter() - began))
         tokens, seconds = (sum(column) for column in zip(*self._times, strict=True))
@@ -208,6 +214,7 @@ class Trainer:
 
     def _non_finite(self, loss: float, norm: float) -> NonFiniteError:
         self._optimizers.zero_grad()
+        self._worth_saving = False
         saved = latest(self.folder)
         kept = "no checkpoint was saved yet" if saved is None else f"the last good checkpoint is {saved}"
         return NonFiniteError(
@@ -225,10 +232,43 @@ class Trainer:
         self._saved_step = self.step
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of the context: half an update is no model to save."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        handler(*received[-1])
+
+
+def _device(name: str, model: KimiLinear) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if model.device.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return model.device
+
+
+def _check_vocabulary(name: str, data: object, model: KimiLinear) -> None:
+    """Before a GPU would stop at an assertion that names nothing."""
+    vocab = model.config.vocab_size
+    if isinstance(data, Corpus):
+        largest = int(data.tokens.numpy().max(initial=0))
+    else:
+        largest = getattr(data, "vocab_size", 0) - 1
+    if largest >= vocab:
+        raise ValueError(
+            f"{name}: expected tokens below the model's vocab_size == {vocab}, got {largest}; tokenise with the model's own "
+            "tokenizer, or make the model with a larger vocab_size"
+        )
 
 
 def _stream(data: TrainData, config: TrainConfig) -> BatchStream:
