@@ -42,4 +42,4 @@ def main(folder: str, prompt: str = "def ", branches: int = 3, max_tokens: int =
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(f"usage: {sys.argv[0]} MODEL_FOLDER [PROMPT]")
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "def ")
