@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         # Closed whatever happens: the trainer then saves a checkpoint.
         with closing_at_end(trainer.run()) as steps:  # type: ignore[type-var]  # it is a generator
-            for at in track(_keep(steps, last), total, console, step=lambda m: m.step, describe=_describe):
+            for _ in track(_keep(steps, last), total, console, step=lambda m: m.step, describe=_describe):
                 pass
     finally:
         _summary(args, trainer, last, since, trainer.step - began)
