@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -101,7 +101,7 @@ class Trainer:
         # The place in the data after the last whole step: a step that is broken off has read a batch too many.
         self._data_state = self._stream.state_dict()
 
-    def run(self) -> Iterator[StepMetrics]:
+    def run(self) -> Generator[StepMetrics, None, None]:
         """Train to the last step, yielding after each.
 
         However it ends, by the last step, by leaving the loop, by Ctrl-C or an error, a checkpoint of the last whole step
