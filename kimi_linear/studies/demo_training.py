@@ -50,14 +50,14 @@ def train_language_models(run: DemoRun) -> None:
     config, screen = run.config, run.screen
     with run.phase("preparing"):
         tokenizer = ByteTokenizer()
-        documents = stdlib_source(max_bytes=config.corpus_bytes)
-        train, held_out = tokenize(documents, tokenizer).split()
         models: dict[ModelName, KimiLinear] = {
             name: KimiLinear(shape, seed=config.seed).to(run.device) for name, shape in twins(config).items()
         }
         for name, model in models.items():
             # From here on there is a model to load, whenever the run is interrupted.
             save(model, config.folder / name, tokenizer)
+        documents = stdlib_source(max_bytes=config.corpus_bytes)
+        train, held_out = tokenize(documents, tokenizer).split()
         run.keep(
             corpus=f"the Python standard library's source: {len(documents):,} files, {count(train.num_tokens)} bytes to "
             f"train on and {count(held_out.num_tokens)} held out"
@@ -104,8 +104,6 @@ def _train_one(
                 for metrics in screen.track(steps, settings.steps, step=lambda m: m.step, describe=words):
                     seen.append(metrics)  # noqa: PERF402  (an interrupt leaves those so far)
         finally:
-            # An interrupt inside an update may have moved some parameters and not the rest: as good a model as before.
-            save(model, config.folder / name, tokenizer)
             # The trainer's speed leaves validation and saving out, and so does the time that follows from it.
             seconds = seen[-1].tokens / median(m.tokens_per_second for m in seen) if seen else 0.0
             training = Training(
@@ -121,6 +119,8 @@ def _train_one(
                 ),
             )
             run.keep(trainings=(*run.results.trainings, training))
+            # An interrupt inside an update may have moved some parameters and not the rest: as good a model as before.
+            save(model, config.folder / name, tokenizer)
     last = run.results.trainings[-1].validation[-1].value
     screen.say(f"Held-out loss {last:.3f} nats per byte.")
 
@@ -202,9 +202,9 @@ def train_recall(run: DemoRun) -> None:
                 for _ in screen.track(measured(steps), whole, step=passed, describe=words):
                     pass
         finally:
+            run.keep(recall=_recall_results(config, task, model, time.perf_counter() - since, points))
             save(model, config.folder / "recall")
             save_task(task, config.folder / "recall")
-            run.keep(recall=_recall_results(config, task, model, time.perf_counter() - since, points))
     screen.say(
         f"Recall {points[-1].value:.1%} after {points[-1].step} steps; a guess is right {_chance(task):.1%} of the time."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 
@@ -71,8 +72,6 @@ def values(folder):
 
 
 def test_the_headline_says_what_the_file_says(page, folder):
-    import math
-
     results = values(folder)
     shown = {b.get_attribute("data-fact"): b.inner_text() for b in page.query_selector_all("h1 b")}
     trainings = {t["model"]: t for t in results["trainings"]}
@@ -103,7 +102,7 @@ def test_every_figure_can_be_seen(page):
     for i in range(3):
         assert maps.nth(i).bounding_box()["height"] > 100
         assert maps.nth(i).evaluate("image => image.naturalHeight") == 64
-    assert page.locator(".panel:visible .bars").count() == 6
+    assert page.locator(".panel:visible .bars").count() == 9
 
 
 def test_pointing_at_a_token_shows_its_numbers(page, folder):
@@ -114,6 +113,10 @@ def test_pointing_at_a_token_shows_its_numbers(page, folder):
         assert page.locator("#readout .what").inner_text() == memory["tokens"][index]
         for head in (h for h in memory["heads"] if h["head"] == 0):
             row = page.locator(f'#readout tr[data-layer="{head["layer"]}"]')
+            kept = sum(math.exp(g) for g in head["log_decay"][index]) / len(head["log_decay"][index])
+            assert float(row.locator(".forgotten").inner_text().rstrip(" %")) == pytest.approx(
+                100 * (1 - kept), abs=0.06
+            )
             assert row.locator(".beta").inner_text() == f"{head['beta'][index]:.3f}"
             assert float(row.locator(".correction").inner_text()) == pytest.approx(head["correction"][index], rel=6e-3)
             percent = 100 * head["correction"][index] / head["value"][index]

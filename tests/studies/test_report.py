@@ -169,6 +169,8 @@ def test_the_panel_holds_each_tokens_numbers(results):
     head = results.memory.heads[3]
     shown = panel(head)
     assert shown.beta == head.beta
+    assert shown.forgotten[5] == pytest.approx(1 - sum(math.exp(g) for g in head.log_decay[5]) / 64, rel=1e-12)
+    assert shown.most_forgotten == max(shown.forgotten)
     assert shown.ceiling == max(*head.correction, *head.value)
     np.testing.assert_allclose(shown.half_lives[5][1], np.median(np.log(2) / -np.array(head.log_decay[5])), rtol=1e-12)
 

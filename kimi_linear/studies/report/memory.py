@@ -36,6 +36,10 @@ class MemoryPanel:
     head: int
     heatmap: str
     """PNG as a data URI, one pixel per token and channel; the longest-lived channel on top."""
+    forgotten_bars: str
+    """Share that the token lets go, over all channels."""
+    most_forgotten: float
+    """What a full bar of it stands for."""
     beta_bars: str
     correction_bars: str
     """The correction before a pale bar that is the value's length."""
@@ -43,6 +47,7 @@ class MemoryPanel:
     """What a full correction bar stands for."""
     half_lives: tuple[tuple[float, float, float], ...]
     """Per token: half-life, in tokens, of the channel at the 10th, 50th and 90th percentile."""
+    forgotten: tuple[float, ...]
     beta: tuple[float, ...]
     correction: tuple[float, ...]
     value: tuple[float, ...]
@@ -60,10 +65,14 @@ def panel(head: MemoryHead) -> MemoryPanel:
     lives = half_lives(head.log_decay)
     quantiles = np.quantile(np.minimum(lives, 1e6), [0.1, 0.5, 0.9], axis=1)
     ceiling = max(*head.correction, *head.value)
+    forgotten = tuple(float(x) for x in 1 - np.exp(np.asarray(head.log_decay)).mean(axis=1))
     return MemoryPanel(
         layer=head.layer,
         head=head.head,
         heatmap=heatmap(lives),
+        forgotten_bars=bars(forgotten, ceiling=max(forgotten), color="var(--forgotten)", name="forgotten"),
+        most_forgotten=max(forgotten),
+        forgotten=forgotten,
         beta_bars=bars(head.beta, ceiling=1.0, color="var(--beta)", name="beta"),
         correction_bars=bars(
             head.correction, ceiling=ceiling, color="var(--correction)", name="correction", behind=head.value

@@ -19,6 +19,7 @@
     for (const panel of data.panels.filter((p) => p.head === head)) {
       const row = readout.querySelector(`tr[data-layer="${panel.layer}"]`);
       const [fast, median, slow] = panel.lives[index];
+      row.querySelector(".forgotten").textContent = `${(100 * panel.forgotten[index]).toFixed(1)} %`;
       row.querySelector(".beta").textContent = panel.beta[index].toFixed(3);
       row.querySelector(".correction").textContent = panel.correction[index].toPrecision(3);
       row.querySelector(".share").textContent = `${Math.round((100 * panel.correction[index]) / (panel.value[index] || 1))} %`;

@@ -111,7 +111,7 @@ def charts(results: DemoResults) -> dict[str, str]:
         found["loss"] = line_chart(
             [line for line in lines if line.points],
             title="Loss against training tokens, hybrid and full attention",
-            x=Axis(label="training tokens", text=count),
+            x=Axis(label="training tokens", text=count, limits=(0, max(p[0] for line in lines for p in line.points))),
             y=Axis(label="bits per byte", log=True),
         )
     decoding = [d for d in results.decoding if d.points]
@@ -266,6 +266,7 @@ def _hover(results: DemoResults, panels: Sequence[memory_pictures.MemoryPanel]) 
             {
                 "layer": p.layer,
                 "head": p.head,
+                "forgotten": [float(f"{x:.4g}") for x in p.forgotten],
                 "beta": p.beta,
                 "correction": p.correction,
                 "value": p.value,
