@@ -209,6 +209,8 @@ def _finish(config: MQARConfig, mixer: Mixer, seed: int, folder: Path, model: Ki
     values = {"parameters": parameters, "seconds": curve.seconds, "curve": curve.points}
     write_cell(_cell_file(folder, mixer, seed), config.settings(), values)
     shutil.rmtree(curve.path.parent)
+    if not any(curve.path.parent.parent.iterdir()):
+        curve.path.parent.parent.rmdir()
 
 
 def report(config: MQARConfig, folder: Path) -> Report:

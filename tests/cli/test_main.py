@@ -97,7 +97,7 @@ def test_an_unknown_flag_is_an_error(capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    command = [sys.executable, "-m", "kimi_linear.cli.main", "info", "--preset", "list"]
+    command = [sys.executable, "-m", "kimi_linear.cli.main", "study"]
     script = f"{' '.join(command)} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, "Traceback" in done.stderr, "BrokenPipe" in done.stderr) == (0, False, False)

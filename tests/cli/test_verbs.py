@@ -130,3 +130,98 @@ def test_info_shows_what_the_released_model_costs(capsys):
 def test_info_refuses_a_preset_that_does_not_exist(capsys):
     assert main(["info", "--preset", "huge"]) == 1
     assert "got 'huge'" in capsys.readouterr().err
+
+
+TINY_RUN = ["--batch-size", "2", "--sequence-length", "32", "--eval-every", "2", "--eval-batches", "1"]
+
+
+def test_train_resumes_and_is_used_by_generate_and_eval(text, capsys):
+    train = ["train", "--data", str(text), *TINY_RUN]
+    assert main([*train, "--steps", "2"]) == 0
+    assert "resuming" not in capsys.readouterr().err
+    assert main([*train, "--steps", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert "resuming runs/train at step 2" in err
+    lines = [json.loads(line) for line in Path("runs/train/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert re.search(rf"held out\s+4\s+{lines[-1]['val_loss']:.4g}", out)
+    assert main([*train, "--steps", "4"]) == 0
+    assert "all 4 steps are done" in capsys.readouterr().err
+
+    assert main(["generate", "--max-tokens", "3", "12 times"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("12 times")
+    assert "runs/train/step-00000004" in err
+    assert main(["eval", "--data", str(text), "--length", "32", "--tokens", "64"]) == 0
+    # The same documents are held out: what eval reads is what training never saw.
+    assert number(capsys.readouterr().out, "loss") == pytest.approx(lines[-1]["val_loss"], abs=0.5)
+
+
+def test_train_refuses_what_would_be_another_run(text, capsys):
+    train = ["train", "--data", str(text), *TINY_RUN, "--steps", "1"]
+    assert main(train) == 0
+    assert main([*train, "--lr", "0.1"]) == 1
+    assert "lr: expected 0.002 as in the run that is resumed, got 0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "huge"], "preset: expected one of"),
+        (["--data", "nowhere"], "nowhere: expected a text file or a folder"),
+        (["--tokenizer", "."], "expected a folder with tokenizer.json"),
+        (["--device", "cuda:9"], "device: expected one of cpu"),
+    ],
+)
+def test_train_refuses_bad_input_in_one_line(flags, message, capsys):
+    assert main(["train", *flags]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_in_a_training_leaves_a_model(text, capsys, monkeypatch):
+    from kimi_linear.cli import train as verb
+
+    keep = verb._keep
+
+    def interrupted(steps, last):
+        for at in keep(steps, last):
+            yield at
+            if at.step == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "_keep", interrupted)
+    assert main(["train", "--data", str(text), *TINY_RUN, "--steps", "9", "--eval-every", "0"]) == 130
+    out, err = capsys.readouterr()
+    assert "Interrupted" in err
+    assert re.search(r"last batch\s+2", out)
+    assert main(["generate", "--max-tokens", "1"]) == 0
+    assert "runs/train/step-00000002" in capsys.readouterr().err
+
+
+def test_study_lists_itself(capsys):
+    assert main(["study"]) == 0
+    out = capsys.readouterr().out
+    assert "mqar: " in out
+    assert "expected: " in out
+    assert main(["study", "chess"]) == 2
+    assert "unknown study 'chess'; expected one of mqar" in capsys.readouterr().err
+
+
+def test_study_runs_and_does_not_run_twice(capsys):
+    flags = ["--mixer", "kda,mla", "--steps", "2", "--eval-every", "1", "--pairs", "2", "--vocab", "8"]
+    flags += ["--layers", "1", "--hidden-size", "16", "--head-dim", "16", "--samples", "8", "--batch-size", "4"]
+    assert main(["study", "mqar", *flags]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"kda\s+0", out)
+    assert re.search(r"mla\s+0", out)
+    assert main(["study", "mqar", *flags]) == 0
+    again = capsys.readouterr()
+    assert again.out == out
+    assert "mla seed 0: finished before" in again.err
+    assert main(["study", "mqar", *flags, "--lr", "1"]) == 1
+    assert "lr: expected 1.0, as asked for now, got a cell made with 0.003" in capsys.readouterr().err
+    # A task model is measured on its task.
+    assert main(["eval", "runs/mqar/kda-seed0", "--samples", "16"]) == 0
+    assert "sequence_accuracy" in capsys.readouterr().out
