@@ -221,7 +221,7 @@ def test_study_runs_and_does_not_run_twice(capsys):
     assert again.out == out
     assert "mla seed 0: finished before" in again.err
     assert main(["study", "mqar", *flags, "--lr", "1"]) == 1
-    assert "lr: expected 1.0, as asked for now, got a cell made with 0.003" in capsys.readouterr().err
+    assert "lr: expected 1.0, as asked for now, got a cell made with 0.001" in capsys.readouterr().err
     # A task model is measured on its task.
     assert main(["eval", "runs/mqar/kda-seed0", "--samples", "16"]) == 0
     assert "sequence_accuracy" in capsys.readouterr().out
