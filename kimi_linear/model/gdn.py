@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.model.linear_mixer import LinearMixer, wide
-from kimi_linear.model.parameters import Linear, outside_autocast
+from kimi_linear.model.parameters import Linear
 from kimi_linear.ops.contract import KDAOutput
 from kimi_linear.ops.linear_attention import chunk_gdn, recurrent_gdn
 
@@ -39,8 +39,7 @@ class GDN(LinearMixer):
         gate = self.parameterised_gate(self.a_proj(x)[..., None]).log_decay()[..., 0]
         run = recurrent_gdn if recurrent else chunk_gdn
         beta = wide(self.b_proj(x)).sigmoid()
-        with outside_autocast(x):
-            return run(
-                q, k, v, gate, beta,
-                normalize_qk=True, initial_state=initial_state, cu_seqlens=cu_seqlens, impl=self.impl,
-            )  # fmt: skip
+        return run(
+            q, k, v, gate, beta,
+            normalize_qk=True, initial_state=initial_state, cu_seqlens=cu_seqlens, impl=self.impl,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.model.linear_mixer import LinearMixer, wide
-from kimi_linear.model.parameters import Linear, outside_autocast
+from kimi_linear.model.parameters import Linear
 from kimi_linear.ops.contract import BoundedGate, KDAOutput, SoftplusGate
 from kimi_linear.ops.kda import chunk_kda, recurrent_kda
 
@@ -50,8 +50,7 @@ class KDA(LinearMixer):
         """Forget by channel, correct by the delta rule, read (Eq. 1)."""
         run = recurrent_kda if recurrent else chunk_kda
         gate, beta = self.gate(x), self.beta(x)
-        with outside_autocast(x):
-            return run(
-                q, k, v, gate, beta,
-                normalize_qk=True, initial_state=initial_state, cu_seqlens=cu_seqlens, impl=self.impl,
-            )  # fmt: skip
+        return run(
+            q, k, v, gate, beta,
+            normalize_qk=True, initial_state=initial_state, cu_seqlens=cu_seqlens, impl=self.impl,
+        )  # fmt: skip

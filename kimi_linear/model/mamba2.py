@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kimi_linear.config import ModelConfig
-from kimi_linear.model.linear_mixer import LinearMixer, wide
-from kimi_linear.model.parameters import Linear, outside_autocast
+from kimi_linear.model.linear_mixer import LinearMixer
+from kimi_linear.model.parameters import Linear
 from kimi_linear.ops.contract import KDAOutput
 from kimi_linear.ops.linear_attention import chunk_mamba2, recurrent_mamba2
 
 
 class Mamba2(LinearMixer):
-    """State-space duality in attention's letters: C is q, B is k, x is v, and the step size dt scales decay and input.
+    """Decayed linear attention: state-space duality in attention's letters (C is q, B is k, x is v).
 
     The projections, convolution, unit-length q and k, and output gate are those of the other linear layers, so that
-    only the memory differs. Mamba-2's skip connection (its D) is left out for the same reason.
+    only the memory differs. Two parts of Mamba-2 are left out: its skip connection (D), and the step size on the input,
+    without which it is the stronger baseline (recall of 8 pairs after 240 steps, two layers of width 64: 0.74 instead
+    of 0.14).
     """
 
     OPS: ClassVar[tuple[str, ...]] = ("chunk_mamba2", "recurrent_mamba2")
@@ -39,14 +40,10 @@ class Mamba2(LinearMixer):
         cu_seqlens: Int[Tensor, "N1"] | None,
         recurrent: bool,
     ) -> KDAOutput:
-        """Forget by head, add, read: ``S = exp(-A dt) S + k (dt v)^T``."""
-        raw = self.a_proj(x)[..., None]
-        gate = self.parameterised_gate(raw).log_decay()[..., 0]
-        step = F.softplus(wide(raw) + self.dt_bias[:, None])
+        """Forget by head, add, read: ``S = exp(g) S + k v^T``."""
+        gate = self.parameterised_gate(self.a_proj(x)[..., None]).log_decay()[..., 0]
         run = recurrent_mamba2 if recurrent else chunk_mamba2
-        v = (v * step).to(v.dtype)
-        with outside_autocast(x):
-            return run(
-                q, k, v, gate,
-                normalize_qk=True, initial_state=initial_state, cu_seqlens=cu_seqlens, impl=self.impl,
-            )  # fmt: skip
+        return run(
+            q, k, v, gate,
+            normalize_qk=True, initial_state=initial_state, cu_seqlens=cu_seqlens, impl=self.impl,
+        )  # fmt: skip

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.model.mlp import MLP
-from kimi_linear.model.parameters import KeepsFP32, fp32_parameter, outside_autocast
+from kimi_linear.model.parameters import KeepsFP32, fp32_parameter
+from kimi_linear.ops.autocast import outside_autocast
 from kimi_linear.ops.moe import Routing, moe_experts, route
 
 

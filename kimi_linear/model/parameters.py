@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -65,11 +64,6 @@ def init_step(dt_bias: Tensor, generator: torch.Generator | None) -> None:
     step = dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp_().clamp_(min=DT_FLOOR)
     # The inverse of softplus, stable for small steps.
     dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
-
-
-def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Where the memory and the router compute: in the precision of their inputs, whatever autocast would make of it."""
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 class RMSNorm(nn.Module):

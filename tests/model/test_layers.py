@@ -111,8 +111,7 @@ def test_linear_layer_is_its_formula(kind: type, shape: LinearConfig) -> None:
     for t in range(9):
         memory = alpha[:, t, ..., None] * memory
         if kind is Mamba2:
-            step = (1 + (raw[:, t] + layer.dt_bias[:, None]).exp()).log()
-            memory = memory + k[:, t, ..., :, None] * (step * v[:, t])[..., None, :]
+            memory = memory + k[:, t, ..., :, None] * v[:, t, ..., None, :]
         else:
             beta = (x[:, t] @ layer.b_proj.weight.T).sigmoid()[..., None]
             answer = (memory * k[:, t, ..., :, None]).sum(-2)
