@@ -89,7 +89,9 @@ def _text(args: EvalArgs, tokenizer: Tokenizer | None, device: str, folder: Path
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(args, name)}")
     _, held_out = read_text(args.data, tokenizer, console)
-    rows = max(1, min(8192, args.tokens) // args.length)
+    # Logits of one forward pass stay below 2**28 numbers, 1 GiB in fp32, whatever the vocabulary.
+    at_once = min(8192, args.tokens, 2**28 // tokenizer.vocab_size)
+    rows = max(1, at_once // args.length)
     batches = in_order(
         held_out,
         batch_size=rows,

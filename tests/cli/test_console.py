@@ -38,9 +38,9 @@ def test_cell(value, text):
 
 
 def test_a_table_aligns_numbers_to_the_right():
-    console = Console(file=io.StringIO(), width=60)
-    console.print(speech.table([{"name": "a", "loss": 1.5}, {"name": "bcd", "loss": 10.25}]))
-    assert [line.rstrip() for line in console.file.getvalue().splitlines()] == [
+    shown = io.StringIO()
+    Console(file=shown, width=60).print(speech.table([{"name": "a", "loss": 1.5}, {"name": "bcd", "loss": 10.25}]))
+    assert [line.rstrip() for line in shown.getvalue().splitlines()] == [
         "name   loss",
         "a       1.5",
         "bcd   10.25",
@@ -49,11 +49,12 @@ def test_a_table_aligns_numbers_to_the_right():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_track_passes_everything_on_and_shows_the_last(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=80)
     seen = list(speech.track(range(1, 11), 10, console, step=lambda i: i, describe=lambda i: f"loss [{i}]"))
     assert seen == list(range(1, 11))
-    assert "10/10" in console.file.getvalue()
-    assert "loss [10]" in console.file.getvalue()
+    assert "10/10" in shown.getvalue()
+    assert "loss [10]" in shown.getvalue()
 
 
 def test_peak_memory_is_that_of_the_process():

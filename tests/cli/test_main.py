@@ -16,7 +16,7 @@ def verb(monkeypatch):
 
     def put(function):
         module = types.ModuleType("kimi_linear.cli.info")
-        module.main = function
+        vars(module)["main"] = function
         monkeypatch.setitem(sys.modules, "kimi_linear.cli.info", module)
 
     return put
