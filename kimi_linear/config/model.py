@@ -260,6 +260,8 @@ class ModelConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:
         """The configuration that ``to_dict`` wrote. Raises ``ConfigError`` for an unknown or missing key."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"config: expected an object of ModelConfig's keys, got {values!r}")
         values = dict(values)
         for name, kind in NESTED.items():
             if values.get(name) is not None:

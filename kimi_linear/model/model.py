@@ -78,7 +78,8 @@ class KimiLinear(nn.Module):
         Args:
             tokens: [B, T] int64 token ids.
             cu_seqlens: [N+1] int32 or int64 offsets of packed sequences, with B == 1; they never see each other.
-            state: from ``make_state``; the tokens continue it, and it is updated.
+            state: from ``make_state``; the tokens continue it, and it is updated. A forward that is interrupted
+                leaves it half updated: go on from a ``clone``.
 
         Returns:
             [B, T, vocab].

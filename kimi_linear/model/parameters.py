@@ -27,15 +27,17 @@ class KeepsFP32(nn.Module):
     FP32: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        wide = {name: self._parameters[name] for name in self.FP32 if self._parameters.get(name) is not None}
-        values = {name: parameter.data for name, parameter in wide.items() if parameter is not None}
+        wide = {name: p for name in self.FP32 if (p := self._parameters.get(name)) is not None}
+        before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in wide.items()}
         super()._apply(fn, recurse)
-        for name, value in values.items():
+        for name, (value, grad) in before.items():
             parameter = self._parameters[name]
             assert parameter is not None
             if parameter.dtype.itemsize < 4:
                 # A cast down: take the device from the result and the numbers from before.
+                parameter.grad = None
                 parameter.data = value.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         self.flag_parameters()
         return self
 

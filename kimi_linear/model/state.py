@@ -78,8 +78,8 @@ class MLAState:
     def append(self, latent: Float[Tensor, "N T latent"]) -> Float[Tensor, "N S latent"]:
         """Add the latents [N, T, R+Dr] of the next T tokens; returns all latents so far [N, length, R+Dr].
 
-        The buffer doubles when it is full. Where autograd records the call, a new buffer is made instead, because
-        an earlier one may be needed, unchanged, for the backward.
+        The buffer doubles when it is full. A new one is made instead where the old must not be written into: autograd
+        may need it unchanged for the backward, and one made in inference mode is fixed outside it.
 
         Raises:
             ValueError: another N or another width than the buffer has.
@@ -88,7 +88,8 @@ class MLAState:
         if tuple(latent.shape) != expected:
             raise ValueError(f"latent: expected shape {list(expected)} (N, T, R+Dr), got {list(latent.shape)}")
         end = self.length + latent.shape[1]
-        if torch.is_grad_enabled() and (latent.requires_grad or self.buffer.requires_grad):
+        recorded = torch.is_grad_enabled() and (latent.requires_grad or self.buffer.requires_grad)
+        if recorded or (self.buffer.is_inference() and not torch.is_inference_mode_enabled()):
             self.buffer = torch.cat([self.latent, latent.to(self.buffer.dtype)], dim=1)
         else:
             self.reserve(end)

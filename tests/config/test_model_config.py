@@ -59,3 +59,5 @@ def test_wrong_types_in_a_dictionary_are_named() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             ModelConfig.from_dict(values | {key: value})
+    with pytest.raises(ConfigError, match="config: expected an object"):
+        ModelConfig.from_dict([1])

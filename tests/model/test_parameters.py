@@ -82,6 +82,17 @@ def test_wide_parameters_keep_their_precision_and_their_flags(cast: str) -> None
     assert {p.dtype for n, p in model.double().named_parameters()} == {torch.float64}
 
 
+def test_gradients_keep_the_precision_of_their_parameters() -> None:
+    model = KimiLinear(ModelConfig.preset("tiny"), seed=0)
+    model(torch.randint(320, (1, 9))).sum().backward()
+    A_log = model.blocks[0].self_attn.A_log
+    before = A_log.grad.clone()
+    model.bfloat16()
+    assert torch.equal(A_log.grad, before)
+    assert model.lm_head is None
+    assert model.model.embed_tokens.weight.grad.dtype == torch.bfloat16
+
+
 def test_names_are_those_of_the_release() -> None:
     with torch.device("meta"):
         names = dict(KimiLinear(ModelConfig.preset("kimi-linear-48b-a3b")).named_parameters())

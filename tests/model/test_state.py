@@ -57,6 +57,15 @@ def test_the_buffer_doubles_and_keeps_its_content() -> None:
         state.append(torch.zeros(2, 1, 4))
 
 
+def test_a_state_filled_in_inference_mode_goes_on_outside_it(model: KimiLinear) -> None:
+    tokens, state = torch.randint(320, (1, 9)), model.make_state(1)
+    with torch.inference_mode():
+        model(tokens[:, :5], state=state)
+    with torch.no_grad():
+        pieces = [model(token, state=state) for token in tokens[:, 5:].split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens)[:, 5:])
+
+
 def test_clones_and_selected_rows_go_their_own_way(model: KimiLinear) -> None:
     tokens, tail = torch.randint(320, (3, 20)), torch.randint(320, (3, 4))
     with torch.no_grad():
