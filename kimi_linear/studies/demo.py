@@ -50,7 +50,7 @@ class DemoConfig:
     """Tokens per sequence."""
     corpus_bytes: int | None = None
     """Read only so much of the standard library's source; all of it where None."""
-    prompt: str = "def __init__(self, "
+    prompt: str = "def "
     """Text that the hybrid continues."""
     sample_tokens: int = 240
     """Length of the continuation."""
@@ -195,6 +195,9 @@ def run_demo(config: DemoConfig, screen: Screen) -> DemoResults:
     torch.set_num_threads(config.threads or physical_cores())
     set_aside(config.folder)
     run = DemoRun(config, screen, device)
+    if config.steps is None:
+        total = config.train_seconds + config.decode_seconds + config.recall_seconds
+        screen.say(f"About {total / 60:.1f} minutes. Ctrl-C at any time leaves a model and a report.")
     steps: list[tuple[str, Callable[[DemoRun], None]]] = [
         ("the two language models", training.train_language_models),
         ("the continuation", phases.continue_prompt),
@@ -212,6 +215,9 @@ def run_demo(config: DemoConfig, screen: Screen) -> DemoResults:
         if run.results.missing:
             screen.say(f"Stopped before {' and '.join(run.results.missing[:1])} was complete.")
         page = run.write()
+        if (config.folder / HYBRID / "config.json").exists():
+            # `kimi-linear generate` takes the newest model: that is to be the hybrid, not the task model trained last.
+            os.utime(config.folder / HYBRID / "config.json")
         screen.table(summary(run.results))
         screen.say(f"Report: {page}")
     return run.results

@@ -27,6 +27,9 @@ from kimi_linear.studies.report.results import (
 if TYPE_CHECKING:
     from kimi_linear.studies.demo import DemoRun
 
+TEMPERATURE, TOP_P = 0.9, 0.95
+"""Of the continuation; so small a model repeats itself when it is drawn from more greedily."""
+
 WARM_UP_TOKENS = 2
 """Tokens generated at each context before the clock starts."""
 MOST_TIMED_TOKENS = 64
@@ -65,8 +68,8 @@ def continue_prompt(run: DemoRun) -> None:
             tokenizer,
             config.prompt,
             max_tokens=config.sample_tokens,
-            temperature=0.6,
-            top_p=0.95,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
             seed=config.seed,
         )
         try:

@@ -65,6 +65,13 @@ def demo(tmp_path_factory) -> tuple[DemoResults, Path, Quiet]:
     return run_demo(DemoConfig(folder=folder, **SMALL), screen), folder, screen
 
 
+def test_generate_would_take_the_hybrid(demo):
+    from kimi_linear.cli.folders import model_folder
+
+    _, folder, _ = demo
+    assert model_folder(folder.parent) == folder / "hybrid"
+
+
 def test_both_models_saw_the_same_tokens(demo):
     results, _, _ = demo
     hybrid, attention = results.training("hybrid"), results.training("attention")
@@ -99,7 +106,7 @@ def test_the_continuation_is_what_was_streamed(demo):
     assert screen.written[0] == results.sample.prompt
     assert "".join(screen.written).strip("\n") == (results.sample.prompt + results.sample.continuation).strip("\n")
     model, tokenizer = kl.load(folder / "hybrid")
-    again = kl.stream(model, tokenizer, results.sample.prompt, max_tokens=12, temperature=0.6, top_p=0.95, seed=0)
+    again = kl.stream(model, tokenizer, results.sample.prompt, max_tokens=12, temperature=0.9, top_p=0.95, seed=0)
     assert "".join(again) == results.sample.continuation
 
 

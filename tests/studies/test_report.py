@@ -149,7 +149,7 @@ def test_the_heatmap_has_a_pixel_per_token_and_channel_sorted_by_half_life():
     import matplotlib
     from matplotlib.image import imread
 
-    lives = np.array([[1.0, 1e6, 31.6227766], [1.0, 1000.0, 31.6227766]])
+    lives = np.array([[1.0, 1e6, 300**0.5], [1.0, 300.0, 300**0.5]])
     uri = heatmap(lives)
     pixels = imread(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))), format="png")
     assert pixels.shape[:2] == (3, 2)

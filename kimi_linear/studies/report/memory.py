@@ -15,7 +15,7 @@ import numpy as np
 
 from kimi_linear.studies.report.results import Memory, MemoryHead
 
-HALF_LIFE_RANGE = (1.0, 1000.0)
+HALF_LIFE_RANGE = (1.0, 300.0)
 """Ends of the colour scale, in tokens; beyond them the end's colour stays."""
 
 COLORMAP = "viridis"
