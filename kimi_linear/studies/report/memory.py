@@ -88,13 +88,14 @@ def panel(head: MemoryHead) -> MemoryPanel:
 def heatmap(lives: np.ndarray) -> str:
     """Half-lives [T, K] as a PNG data URI of T x K pixels, channels sorted by their mean decay, log colour scale."""
     import matplotlib
-    from matplotlib.image import imsave
+    from PIL import Image  # matplotlib's own writer would first build a cache of the machine's fonts
 
     low, high = HALF_LIFE_RANGE
     logs = np.log(np.clip(lives, low, high)) / math.log(high / low)
     order = np.argsort(-logs.mean(axis=0), kind="stable")
     buffer = io.BytesIO()
-    imsave(buffer, matplotlib.colormaps[COLORMAP](logs[:, order].T), format="png")
+    pixels = matplotlib.colormaps[COLORMAP](logs[:, order].T, bytes=True)[..., :3]
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
