@@ -41,8 +41,22 @@ class KeepsFP32(nn.Module):
         self.flag_parameters()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copies and pickles make new parameters, which lose their flags.
+        super().__setstate__(state)
+        self.flag_parameters()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in self.FP32:
+            # load_state_dict(assign=True) takes the dictionary's tensors as they are.
+            parameter = self._parameters.get(name)
+            if parameter is not None and parameter.dtype.itemsize < 4:
+                self._parameters[name] = nn.Parameter(parameter.data.float(), parameter.requires_grad)
+        self.flag_parameters()
+
     def flag_parameters(self) -> None:
-        """Mark the parameters for the optimizer; again after every cast, which may make new ones."""
+        """Mark the parameters for the optimizer; again after whatever may make new ones."""
         for name in self.FP32:
             parameter = self._parameters.get(name)
             if parameter is not None:

@@ -244,6 +244,26 @@ def test_a_real_failure_of_the_system_is_reported_too(model: KimiLinear, tmp_pat
     assert same(fresh, model)
 
 
+def test_a_failed_swap_puts_the_old_folder_back(
+    model: KimiLinear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_weights(model, tmp_path / "m")
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if ".new-" in Path(source).name:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="Input/output error; the earlier"):
+        save_weights(KimiLinear(SMALL, seed=1), tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    fresh = empty()
+    load_weights(fresh, tmp_path / "m")
+    assert same(fresh, model)
+
+
 def test_saving_again_replaces_whole_and_deletes_nothing_foreign(model: KimiLinear, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     save_weights(model, folder, max_shard_bytes=SHARDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -80,6 +81,18 @@ def test_wide_parameters_keep_their_precision_and_their_flags(cast: str) -> None
     model.to_empty(device="cpu")
     assert all(p.dtype == torch.float32 and p._no_weight_decay for n, p in model.named_parameters() if n.endswith(WIDE))
     assert {p.dtype for n, p in model.double().named_parameters()} == {torch.float64}
+
+
+def test_copies_and_assigned_values_stay_wide_and_flagged() -> None:
+    model = KimiLinear(ModelConfig.preset("tiny-moe"), seed=0)
+    copied, assigned = copy.deepcopy(model), KimiLinear(model.config, seed=1)
+    assigned.load_state_dict({name: value.bfloat16() for name, value in model.state_dict().items()}, assign=True)
+    for other in (copied, assigned):
+        for name, parameter in other.named_parameters():
+            assert getattr(parameter, "_no_weight_decay", False) == name.endswith(WIDE), name
+    assert {p.dtype for n, p in assigned.named_parameters() if n.endswith(WIDE)} == {torch.float32}
+    assert assigned.dtype == torch.bfloat16
+    assert not assigned.blocks[1].feed_forward.gate.e_score_correction_bias.requires_grad
 
 
 def test_gradients_keep_the_precision_of_their_parameters() -> None:
