@@ -271,9 +271,10 @@ def _draw(cells: dict[tuple[Mixer, int], dict[str, Any]], title: str, path: Path
 STUDY = Study(
     name="mqar",
     shows="Which mixer learns associative recall, in how many steps (arXiv 2510.26692, section 5.1 and Figure 4)?",
-    expected="KDA learns it in the fewest steps; GDN and Mamba-2 follow; full attention with RoPE stays at guessing for "
-    "long and then learns it at once.",
-    price="about 3 minutes on 2 CPU cores for four mixers and one seed.",
+    expected="at the default size the memory is not yet the limit: KDA, GDN and Mamba-2 all pass 99 % after 350 to 450 "
+    "steps, full attention with RoPE stays near 20 % until about step 1,400 and passes 99 % at 1,600. In the paper, with "
+    "1,024 tokens and 20,000 steps: KDA 100 %, GDN 78.7 %, Mamba-2 0 %.",
+    price="about 4 minutes on 2 CPU cores for four mixers and one seed.",
     config=MQARConfig,
     run=run,
     report=report,
