@@ -185,3 +185,35 @@ def test_bad_input() -> None:
         rotary(q, torch.arange(4), 1e4)
     with pytest.raises(ValueError, match=r"x: expected shape .* with Dr even"):
         rotary(q[..., 1:], torch.arange(5), 1e4)
+
+
+@pytest.mark.parametrize(("tokens", "lengths"), [(1, None), (4, None), (3, [9, 5])])
+def test_absorbed_by_products_is_the_same_attention(
+    tokens: int, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on CUDA, in place of the fused attention, run here on the CPU."""
+    arguments = latent_case(tokens, 9)[0]
+    used = None if lengths is None else torch.tensor(lengths)
+    fused = mla_absorbed(**arguments, scale=SCALE, lengths=used)
+    seen = []
+
+    def by_products(queries: Tensor, keys: Tensor, values: Tensor, *, attn_mask: Tensor | None, scale: float) -> Tensor:
+        seen.append(1)
+        return mla._read_by_products(queries, keys[:, 0], attn_mask, scale)
+
+    monkeypatch.setattr(mla.F, "scaled_dot_product_attention", by_products)
+    assert_close(mla_absorbed(**arguments, scale=SCALE, lengths=used), fused, "by products")
+    assert seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "lengths"), [(1, None), (4, [300, 77])])
+def test_absorbed_on_a_gpu(tokens: int, lengths: list[int] | None, dtype: torch.dtype) -> None:
+    arguments = {name: x.to(dtype) for name, x in latent_case(tokens, 300)[0].items()}
+    used = None if lengths is None else torch.tensor(lengths)
+    exact = mla_absorbed(**{name: x.double() for name, x in arguments.items()}, scale=SCALE, lengths=used)
+    plain = mla_absorbed(**arguments, scale=SCALE, lengths=used)
+    moved = {name: x.cuda() for name, x in arguments.items()}
+    got = mla_absorbed(**moved, scale=SCALE, lengths=None if used is None else used.cuda())
+    assert_close_to_reference(got.cpu(), exact, plain, "absorbed on CUDA")

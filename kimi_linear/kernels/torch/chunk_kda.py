@@ -21,7 +21,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kimi_linear.kernels.torch.layout import ChunkLayout
 
 CHUNK = 32
-BLOCK_ELEMENTS = 1 << 17  # of one [rows, C, K] tensor: 512 KiB in fp32, so that the few tensors of a block stay in cache
+BLOCK_ELEMENTS = (
+    1 << 17
+)  # of one [rows, C, K] tensor: 512 KiB in fp32, so that the few tensors of a block stay in cache
 
 
 def chunk_kda(

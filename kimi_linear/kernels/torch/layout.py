@@ -7,6 +7,7 @@ sequences: no mask, no branch, no padding but inside a sequence's last chunk.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,7 +39,7 @@ class ChunkLayout:
         """The layout of inputs like ``x`` [B, T, ...]."""
         batch, tokens = x.shape[:2]
         bounds = [i * tokens for i in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-        lengths = tuple(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+        lengths = tuple(stop - start for start, stop in itertools.pairwise(bounds))
         return ChunkLayout(batch, tokens, chunk, lengths, tuple(bounds[:-1]), x.device)
 
     @cached_property

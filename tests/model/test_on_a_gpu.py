@@ -1,0 +1,70 @@
+"""The whole model on a GPU against the same model on the CPU: logits, gradients, decoding, packing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kimi_linear.config import ModelConfig
+from kimi_linear.model import KimiLinear
+from kimi_linear.testing.tolerances import relative_error
+
+pytestmark = pytest.mark.gpu
+
+PRESETS = ["tiny", "tiny-moe", "tiny/mla", "tiny/gdn", "tiny/mamba2"]
+TOLERANCE = 2e-5
+"""fp32 products in another order, through four layers."""
+
+
+def twins(preset: str) -> tuple[KimiLinear, KimiLinear, torch.Tensor]:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = KimiLinear(ModelConfig.preset(preset), seed=0)
+    twin = KimiLinear(model.config, seed=1)
+    twin.load_state_dict(model.state_dict())
+    return model, twin.cuda(), torch.randint(0, 256, (2, 100))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_logits_and_gradients(preset: str) -> None:
+    model, twin, tokens = twins(preset)
+    here, there = model(tokens), twin(tokens.cuda())
+    assert relative_error(there.cpu(), here) < TOLERANCE
+    here.square().mean().backward()
+    there.square().mean().backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        if a.grad is not None:
+            assert b.grad is not None, name
+            assert relative_error(b.grad.cpu(), a.grad) < 50 * TOLERANCE, name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_decoding_equals_the_whole(preset: str) -> None:
+    _, twin, tokens = twins(preset)
+    tokens = tokens[:, :24].cuda()
+    with torch.no_grad():
+        whole = twin(tokens)
+        state = twin.make_state(2)
+        pieces = [twin(tokens[:, :17], state=state), *(twin(tokens[:, t : t + 1], state=state) for t in range(17, 24))]
+    assert relative_error(torch.cat(pieces, dim=1).cpu(), whole.cpu()) < TOLERANCE
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny/mla"])
+def test_packed_equals_separate(preset: str) -> None:
+    _, twin, tokens = twins(preset)
+    tokens = tokens[:1].cuda()
+    cu_seqlens = torch.tensor([0, 33, 33, 100], device="cuda")
+    with torch.no_grad():
+        packed = twin(tokens, cu_seqlens=cu_seqlens)
+        separate = torch.cat([twin(tokens[:, :33]), twin(tokens[:, 33:])], dim=1)
+    assert relative_error(packed.cpu(), separate.cpu()) < TOLERANCE
+
+
+def test_bf16_model_keeps_its_gates_in_fp32() -> None:
+    """A model cast to bf16 stays near the fp32 one, and A_log and dt_bias keep every bit."""
+    model, twin, tokens = twins("tiny")
+    exact = model(tokens)
+    gates = twin.blocks[0].self_attn.A_log.clone()
+    twin = twin.to(torch.bfloat16)
+    assert torch.equal(twin.blocks[0].self_attn.A_log, gates)
+    with torch.no_grad():
+        assert relative_error(twin(tokens.cuda()).float().cpu(), exact) < 0.03
