@@ -40,8 +40,12 @@ def _machine() -> None:
     from kimi_linear.ops.dispatch import AVAILABLE, OpFacts, choose_impl
 
     out = stdout()
-    rows = [{"what": "kimi_linear", "version": __version__}, {"what": "python", "version": platform.python_version()}]
-    for package in ("torch", "triton", "numpy", "safetensors", "transformers", "tokenizers", "tensorboard"):
+    rows = [
+        {"what": "kimi_linear", "version": __version__},
+        {"what": "python", "version": platform.python_version()},
+        {"what": "torch", "version": torch.__version__},  # its own word names the build: +cpu, +cu130
+    ]
+    for package in ("triton", "numpy", "safetensors", "transformers", "tokenizers", "tensorboard"):
         try:
             rows.append({"what": package, "version": version(package)})
         except PackageNotFoundError:

@@ -24,6 +24,7 @@ def twins(preset: str) -> tuple[KimiLinear, KimiLinear, torch.Tensor]:
     return model, twin.cuda(), torch.randint(0, 256, (2, 100))
 
 
+@pytest.mark.unpoisoned  # torch's attention backward warns in the deterministic mode that poisoning needs
 @pytest.mark.parametrize("preset", PRESETS)
 def test_logits_and_gradients(preset: str) -> None:
     model, twin, tokens = twins(preset)

@@ -133,7 +133,8 @@ def _blocks(rows: int, elements: int) -> list[slice]:
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The earlier and the later halves [rows, C / (2 size), size, ...] of all blocks of 2 * size tokens, as views."""
-    return x.unflatten(1, (-1, 2, size)).unbind(2)
+    halves = x.unflatten(1, (-1, 2, size))
+    return halves.select(2, 0), halves.select(2, 1)
 
 
 def _ladder(g: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
