@@ -118,8 +118,9 @@ def recurrent_kda(
 
 def l2_normalize(x: Float[Tensor, "*shape D"], eps: float = NORM_EPS) -> Float[Tensor, "*shape D"]:
     """``x * rsqrt(sum(x**2, -1) + eps)`` over the last dim, computed in fp32 for 16-bit inputs, in x's dtype."""
-    wide = x if x.dtype.itemsize >= 4 else x.float()
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    from kimi_linear.kernels.torch.l2norm import L2Norm
+
+    return L2Norm.apply(x, eps)  # type: ignore[return-value]
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_linear.ops import KDAOutput, chunk_kda, recurrent_kda
+from kimi_linear.ops import KDAOutput, chunk_kda, l2_normalize, recurrent_kda
 from kimi_linear.testing.factories import GATE_KINDS, KDAInputs, kda_inputs
 from kimi_linear.testing.tolerances import assert_close_to_reference, relative_error
 
@@ -175,3 +175,21 @@ def test_strided_views_give_the_same_bits() -> None:
     assert not q.is_contiguous()
     strided = chunk_kda(q, k, v, inputs.log_decay, inputs.beta, impl="torch")
     assert torch.equal(strided.output, call(inputs, initial_state=None).output)
+
+
+def test_l2_normalize_and_its_backward() -> None:
+    """Against the formula and its autograd gradient, in fp64 exactly, in bf16 within its rounding; zeros stay zero."""
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    x[0, 0] = 0
+    weight = torch.randn_like(x)
+
+    def formula(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    actual, exact = l2_normalize(leaf), formula(other)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=1e-15)
+    (d_actual,), (d_exact,) = (torch.autograd.grad((y * weight).sum(), z) for y, z in ((actual, leaf), (exact, other)))
+    torch.testing.assert_close(d_actual, d_exact, rtol=1e-13, atol=1e-13)
+    low = x.bfloat16()
+    assert relative_error(l2_normalize(low), formula(low.double())) < torch.finfo(torch.bfloat16).eps / 2

@@ -21,9 +21,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kimi_linear.kernels.torch.layout import ChunkLayout
 
 CHUNK = 32
-BLOCK_ELEMENTS = (
-    1 << 17
-)  # of one [rows, C, K] tensor: 512 KiB in fp32, so that the few tensors of a block stay in cache
+BLOCK_ELEMENTS = 1 << 18
+"""Of one [rows, C, K] tensor of a block: 1 MiB in fp32, so that the few tensors of a block stay in cache."""
 
 
 def chunk_kda(
@@ -58,9 +57,8 @@ class _ChunkKDA(torch.autograd.Function):
         u = torch.empty_like(v)
         identity = torch.eye(size, dtype=q.dtype, device=q.device)
         for block in _blocks(rows, size * key_dim):
-            kq = torch.stack([k[block], q[block]], dim=-2)
             levels, prefix, suffix = _ladder(g[block])
-            _pairs(kq, levels, pairs_k[block], pairs_q[block])
+            _pairs(k[block], q[block], levels, pairs_k[block], pairs_q[block])
             prefix, strength = prefix.exp_(), beta[block, :, None]
             torch.mul(q[block], prefix, out=read[block])
             torch.mul(k[block], suffix.exp_(), out=write[block])
@@ -100,7 +98,6 @@ class _ChunkKDA(torch.autograd.Function):
             row -= count
         dq, dk, dv, dg, d_beta = (torch.empty_like(x) for x in (q, k, v, g, beta))
         for block in _blocks(rows, size * key_dim):
-            kq = torch.stack([k[block], q[block]], dim=-2)
             levels, prefix, suffix = _ladder(g[block])
             prefix.exp_()
             strength, before, after = beta[block, :, None], states[block], d_states[block]
@@ -118,11 +115,15 @@ class _ChunkKDA(torch.autograd.Function):
             d_prefix = (d_faded * faded).addcmul_(d_read, read[block])
             d_prefix[:, -1] += (before * after).sum(1) * decay[block, 0]
             d_suffix = d_write * write[block]
-            dkq = torch.stack([(d_faded * prefix).addcmul_(d_write, suffix.exp_()), d_read * prefix], dim=-2)
+            torch.mul(d_faded, prefix, out=dk[block]).addcmul_(d_write, suffix.exp_())
+            torch.mul(d_read, prefix, out=dq[block])
             # Through the pairs.
             d_pairs_q = torch.bmm(d_output[block], u[block].mT)
-            _pairs_backward(kq, levels, d_matrix * strength, d_pairs_q, dkq, d_prefix, d_suffix)
-            dk[block], dq[block], dg[block] = dkq[:, :, 0], dkq[:, :, 1], d_prefix
+            d_matrix *= strength
+            _pairs_backward(
+                k[block], q[block], levels, d_matrix, d_pairs_q, dk[block], dq[block], d_prefix, d_suffix
+            )  # fmt: skip
+            dg[block] = d_prefix
         return dq, dk, dv, dg, d_beta, d_state, None
 
 
@@ -137,20 +138,24 @@ def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return halves.select(2, 0), halves.select(2, 1)
 
 
-def _ladder(g: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+def _ladder(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """Decay factors of every level of the hierarchy, and the sums over the whole chunk.
 
     At the level of half-blocks of ``size`` tokens, the decay between token i of an earlier half and token r of the
     later half beside it is suffix_i + prefix_r: from i to its half's end, and from the next half's start to r.
 
-    Returns ([(exp suffix of the earlier halves, exp prefix of the later ones) per level], prefix, suffix), the last
-    two [rows, C, K] over the chunk. Sums grow from level to level, so none is a difference of larger ones.
+    Returns (for each level [rows, C, K], exp suffix of the earlier halves and exp prefix of the later ones; prefix;
+    suffix), the last two over the chunk. Sums grow from level to level, so none is a difference of larger ones.
     """
     levels, size = [], 1
     prefix, suffix = g.clone(), torch.zeros_like(g)
     while size < g.shape[1]:
         (prefix_0, prefix_1), (suffix_0, _) = _halves(prefix, size), _halves(suffix, size)
-        levels.append((suffix_0.exp(), prefix_1.exp()))
+        factor = torch.empty_like(g)
+        factor_0, factor_1 = _halves(factor, size)
+        factor_0.copy_(suffix_0)
+        factor_1.copy_(prefix_1)
+        levels.append(factor.exp_())  # one call over memory in order: MKL's exp is slow on many short runs
         suffix_0 += prefix_1[:, :, -1:]
         prefix_1 += prefix_0[:, :, -1:]
         size *= 2
@@ -163,44 +168,53 @@ def _cells(pairs: Tensor, size: int) -> Tensor:
     return blocks[:, size:, :size].permute(0, 3, 1, 2)
 
 
-def _pairs(kq: Tensor, levels: list[tuple[Tensor, Tensor]], pairs_k: Tensor, pairs_q: Tensor) -> None:
-    """Fill ``pairs_k`` and ``pairs_q`` [rows, C, C] from kq [rows, C, 2, K], k and q of each token."""
+def _faded(k: Tensor, q: Tensor, factor: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Faded keys [rows, C, K], and of these the earlier and later halves, and faded queries of the later halves.
+
+    Halves are [rows * blocks, size, K], those of keys as views.
+    """
+    keys = k * factor
+    (early, late), (_, late_q), (_, late_factor) = _halves(keys, size), _halves(q, size), _halves(factor, size)
+    return keys, early.flatten(0, 1), late.flatten(0, 1), (late_q * late_factor).flatten(0, 1)
+
+
+def _pairs(k: Tensor, q: Tensor, levels: list[Tensor], pairs_k: Tensor, pairs_q: Tensor) -> None:
+    """Fill ``pairs_k`` and ``pairs_q`` [rows, C, C]."""
     pairs_k.zero_()
     pairs_q.zero_()
-    pairs_q.diagonal(dim1=1, dim2=2).copy_((kq[:, :, 0] * kq[:, :, 1]).sum(-1))
-    for level, (earlier, later) in enumerate(levels):
+    pairs_q.diagonal(dim1=1, dim2=2).copy_((k * q).sum(-1))
+    for level, factor in enumerate(levels):
         size = 1 << level
-        early, late = _level(kq, earlier, later, size)
-        cells = torch.bmm(late.flatten(0, 1).flatten(1, 2), early.flatten(0, 1).mT).view(*late.shape[:-1], size)
-        _cells(pairs_k, size).copy_(cells[:, :, :, 0])
-        _cells(pairs_q, size).copy_(cells[:, :, :, 1])
-
-
-def _level(kq: Tensor, earlier: Tensor, later: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Faded keys of the earlier halves [rows, blocks, size, K], faded keys and queries of the later [..., 2, K]."""
-    early, late = _halves(kq, size)
-    return early[:, :, :, 0] * earlier, late * later[:, :, :, None]
+        _, early, late_k, late_q = _faded(k, q, factor, size)
+        for pairs, late in ((pairs_k, late_k), (pairs_q, late_q)):
+            cells = _cells(pairs, size)
+            cells.copy_(torch.bmm(late, early.mT).view(cells.shape))
 
 
 def _pairs_backward(
-    kq: Tensor, levels: list[tuple[Tensor, Tensor]], d_pairs_k: Tensor, d_pairs_q: Tensor,
-    dkq: Tensor, d_prefix: Tensor, d_suffix: Tensor,
+    k: Tensor, q: Tensor, levels: list[Tensor], d_pairs_k: Tensor, d_pairs_q: Tensor,
+    dk: Tensor, dq: Tensor, d_prefix: Tensor, d_suffix: Tensor,
 ) -> None:  # fmt: skip
-    """Add to ``dkq``, and turn ``d_prefix`` into the gradient of g, down the levels that ``_ladder`` climbed."""
+    """Add to ``dk`` and ``dq``, and turn ``d_prefix`` into the gradient of g, down the levels that ``_ladder`` climbed."""
     diagonal = d_pairs_q.diagonal(dim1=1, dim2=2)[..., None]
-    dkq[:, :, 0].addcmul_(diagonal, kq[:, :, 1])
-    dkq[:, :, 1].addcmul_(diagonal, kq[:, :, 0])
+    dk.addcmul_(diagonal, q)
+    dq.addcmul_(diagonal, k)
+    d_keys = torch.empty_like(k)
     for level in reversed(range(len(levels))):
-        size, (earlier, later) = 1 << level, levels[level]
+        size, factor = 1 << level, levels[level]
         (d_prefix_0, d_prefix_1), (d_suffix_0, _) = _halves(d_prefix, size), _halves(d_suffix, size)
         d_prefix_0[:, :, -1] += d_prefix_1.sum(2)
         d_prefix_1[:, :, -1] += d_suffix_0.sum(2)
-        early, late = (x.flatten(0, 1) for x in _level(kq, earlier, later, size))
-        late = late.flatten(1, 2)
-        d_cells = torch.stack([_cells(d_pairs_k, size), _cells(d_pairs_q, size)], dim=3).flatten(0, 1).flatten(1, 2)
-        d_late, d_early = torch.bmm(d_cells, early), torch.bmm(d_cells.mT, late)
-        d_prefix_1 += (d_late * late).view(*d_prefix_1.shape[:3], 2, -1).sum(3)
-        d_suffix_0 += (d_early * early).view_as(d_suffix_0)
-        dkq_0, dkq_1 = _halves(dkq, size)
-        dkq_0[:, :, :, 0] += d_early.view_as(earlier) * earlier
-        dkq_1 += d_late.view(*later.shape[:3], 2, -1) * later[:, :, :, None]
+        keys, early, late_k, late_q = _faded(k, q, factor, size)
+        d_cells_k, d_cells_q = (_cells(d_pairs, size).flatten(0, 1) for d_pairs in (d_pairs_k, d_pairs_q))
+        d_early, d_late = _halves(d_keys, size)
+        d_early.copy_(torch.bmm(d_cells_k.mT, late_k).baddbmm_(d_cells_q.mT, late_q).view(d_early.shape))
+        d_late.copy_(torch.bmm(d_cells_k, early).view(d_late.shape))
+        d_late_q = torch.bmm(d_cells_q, early)
+        dk.addcmul_(d_keys, factor)
+        _halves(dq, size)[1].addcmul_(d_late_q.view(d_late.shape), _halves(factor, size)[1])
+        keys *= d_keys  # now with respect to the exponents
+        by_suffix, by_prefix = _halves(keys, size)
+        d_suffix_0 += by_suffix
+        d_prefix_1 += by_prefix
+        d_prefix_1 += (d_late_q * late_q).view(d_prefix_1.shape)
