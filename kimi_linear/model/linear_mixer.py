@@ -25,6 +25,10 @@ RECURRENT_TOKENS = 16
 """With a state, up to this many tokens go one by one; more go in chunks, with the same result."""
 
 
+FUSED_TOKENS = 256
+"""Above this many tokens, q, k and v are one product: joining the weights then costs less than joining the results."""
+
+
 class LinearMixer(KeepsFP32):
     """Base of the linear-attention layers (arXiv 2510.26692, section 4).
 
@@ -121,7 +125,12 @@ class LinearMixer(KeepsFP32):
         self, x: Float[Tensor, "B T D"], *, cu_seqlens: Int[Tensor, "N1"] | None = None, state: KDAState | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k, v [B, T, HV, V] after convolution and SiLU, and the convolution's new window."""
-        mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        # A projection that somebody replaced, by an adapter say, has a forward of its own to run.
+        if x.shape[0] * x.shape[1] > FUSED_TOKENS and all(type(projection) is Linear for projection in projections):
+            mixed = F.linear(x, torch.cat([projection.weight for projection in projections]))
+        else:
+            mixed = torch.cat([projection(x) for projection in projections], dim=-1)
         if self.shape.conv_size:
             # One convolution over all channels: it is depthwise, so q, k and v still do not mix.
             taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0]
