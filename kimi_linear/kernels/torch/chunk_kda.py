@@ -7,7 +7,7 @@ With P_r the decay (a sum of g) from the chunk's start to token r and S_r from t
     o = (q exp P) S^T + N u,   N as M with q_r and i <= r              S <- S exp(P_C) + u^T (k exp S)
 
 M and N are the hard part: exp(P_r) exp(-P_i) overflows once a chunk forgets more than e^88. Here they are made by a
-binary hierarchy (see ``_pairs``) in which every exponent is a plain sum of decays, so <= 0: nothing overflows, nothing
+binary hierarchy (see ``_pairs``) in which every factor is a plain product of decays, so <= 1: nothing overflows, nothing
 cancels, and no [C, C, K] tensor exists. Rows are chunks of one head in scan order (layout.py); the parts that are
 parallel over chunks run over blocks of rows that fit a core's cache.
 """
@@ -57,11 +57,10 @@ class _ChunkKDA(torch.autograd.Function):
         u = torch.empty_like(v)
         identity = torch.eye(size, dtype=q.dtype, device=q.device)
         for block in _blocks(rows, size * key_dim):
-            levels, prefix, suffix = _ladder(g[block])
-            _pairs(k[block], q[block], levels, pairs_k[block], pairs_q[block])
-            prefix, strength = prefix.exp_(), beta[block, :, None]
+            prefix, suffix = _pairs(k[block], q[block], g[block], pairs_k[block], pairs_q[block])
+            strength = beta[block, :, None]
             torch.mul(q[block], prefix, out=read[block])
-            torch.mul(k[block], suffix.exp_(), out=write[block])
+            torch.mul(k[block], suffix, out=write[block])
             decay[block] = prefix[:, -1:]
             inverse[block] = torch.linalg.solve_triangular(
                 identity + strength * pairs_k[block], identity, upper=False, unitriangular=True
@@ -98,8 +97,7 @@ class _ChunkKDA(torch.autograd.Function):
             row -= count
         dq, dk, dv, dg, d_beta = (torch.empty_like(x) for x in (q, k, v, g, beta))
         for block in _blocks(rows, size * key_dim):
-            levels, prefix, suffix = _ladder(g[block])
-            prefix.exp_()
+            levels, prefix, suffix = _levels(g[block])
             strength, before, after = beta[block, :, None], states[block], d_states[block]
             # Through u = T Diag(beta) (v - k exp(P) S^T).
             d_right = torch.bmm(inverse[block].mT, d_u[block])
@@ -115,7 +113,7 @@ class _ChunkKDA(torch.autograd.Function):
             d_prefix = (d_faded * faded).addcmul_(d_read, read[block])
             d_prefix[:, -1] += (before * after).sum(1) * decay[block, 0]
             d_suffix = d_write * write[block]
-            torch.mul(d_faded, prefix, out=dk[block]).addcmul_(d_write, suffix.exp_())
+            torch.mul(d_faded, prefix, out=dk[block]).addcmul_(d_write, suffix)
             torch.mul(d_read, prefix, out=dq[block])
             # Through the pairs.
             d_pairs_q = torch.bmm(d_output[block], u[block].mT)
@@ -132,34 +130,27 @@ def _blocks(rows: int, elements: int) -> list[slice]:
     return [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
 
 
+def _sizes(x: Tensor) -> list[int]:
+    """Half-blocks of every level for x [rows, C, ...]: 1, 2, 4, ... C / 2."""
+    return [1 << level for level in range(x.shape[1].bit_length() - 1)]
+
+
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The earlier and the later halves [rows, C / (2 size), size, ...] of all blocks of 2 * size tokens, as views."""
     halves = x.unflatten(1, (-1, 2, size))
     return halves.select(2, 0), halves.select(2, 1)
 
 
-def _ladder(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Decay factors of every level of the hierarchy, and the sums over the whole chunk.
+def _climb(prefix: Tensor, suffix: Tensor, size: int) -> None:
+    """From the decays within blocks of ``size`` tokens to those within blocks of 2 * size; [rows, C, K] in place.
 
-    At the level of half-blocks of ``size`` tokens, the decay between token i of an earlier half and token r of the
-    later half beside it is suffix_i + prefix_r: from i to its half's end, and from the next half's start to r.
-
-    Returns (for each level [rows, C, K], exp suffix of the earlier halves and exp prefix of the later ones; prefix;
-    suffix), the last two over the chunk. Sums grow from level to level, so none is a difference of larger ones.
+    ``prefix`` is what is left at token r of what was there when its block began, ``suffix`` what is left at the block's
+    end of what was there after token i. Products of factors <= 1: none overflows, none divides, and only g's own exp is
+    ever taken.
     """
-    levels, size = [], 1
-    prefix, suffix = g.clone(), torch.zeros_like(g)
-    while size < g.shape[1]:
-        (prefix_0, prefix_1), (suffix_0, _) = _halves(prefix, size), _halves(suffix, size)
-        factor = torch.empty_like(g)
-        factor_0, factor_1 = _halves(factor, size)
-        factor_0.copy_(suffix_0)
-        factor_1.copy_(prefix_1)
-        levels.append(factor.exp_())  # one call over memory in order: MKL's exp is slow on many short runs
-        suffix_0 += prefix_1[:, :, -1:]
-        prefix_1 += prefix_0[:, :, -1:]
-        size *= 2
-    return levels, prefix, suffix
+    (prefix_0, prefix_1), (suffix_0, _) = _halves(prefix, size), _halves(suffix, size)
+    suffix_0 *= prefix_1[:, :, -1:]
+    prefix_1 *= prefix_0[:, :, -1:]
 
 
 def _cells(pairs: Tensor, size: int) -> Tensor:
@@ -168,53 +159,67 @@ def _cells(pairs: Tensor, size: int) -> Tensor:
     return blocks[:, size:, :size].permute(0, 3, 1, 2)
 
 
-def _faded(k: Tensor, q: Tensor, factor: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Faded keys [rows, C, K], and of these the earlier and later halves, and faded queries of the later halves.
+def _faded(k: Tensor, q: Tensor, early: Tensor, late: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Faded keys of the earlier halves, faded keys and faded queries of the later halves, each [rows * blocks, size, K].
 
-    Halves are [rows * blocks, size, K], those of keys as views.
+    ``early`` and ``late`` [rows, blocks, size, K] are the suffixes of the earlier and the prefixes of the later halves.
     """
-    keys = k * factor
-    (early, late), (_, late_q), (_, late_factor) = _halves(keys, size), _halves(q, size), _halves(factor, size)
-    return keys, early.flatten(0, 1), late.flatten(0, 1), (late_q * late_factor).flatten(0, 1)
+    (early_k, late_k), late_q = _halves(k, size), _halves(q, size)[1]
+    return (early_k * early).flatten(0, 1), (late_k * late).flatten(0, 1), (late_q * late).flatten(0, 1)
 
 
-def _pairs(k: Tensor, q: Tensor, levels: list[Tensor], pairs_k: Tensor, pairs_q: Tensor) -> None:
-    """Fill ``pairs_k`` and ``pairs_q`` [rows, C, C]."""
+def _pairs(k: Tensor, q: Tensor, g: Tensor, pairs_k: Tensor, pairs_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill ``pairs_k`` and ``pairs_q`` [rows, C, C]; returns exp P and exp S [rows, C, K] of the whole chunk.
+
+    At the level of half-blocks of ``size`` tokens, a token i of an earlier half and a token r of the later half beside it
+    meet at the boundary: the key fades by i's suffix, then by r's prefix.
+    """
     pairs_k.zero_()
     pairs_q.zero_()
     pairs_q.diagonal(dim1=1, dim2=2).copy_((k * q).sum(-1))
-    for level, factor in enumerate(levels):
-        size = 1 << level
-        _, early, late_k, late_q = _faded(k, q, factor, size)
+    prefix, suffix = g.exp(), torch.ones_like(g)
+    for size in _sizes(g):
+        early_k, late_k, late_q = _faded(k, q, _halves(suffix, size)[0], _halves(prefix, size)[1], size)
         for pairs, late in ((pairs_k, late_k), (pairs_q, late_q)):
             cells = _cells(pairs, size)
-            cells.copy_(torch.bmm(late, early.mT).view(cells.shape))
+            cells.copy_(torch.bmm(late, early_k.mT).view(cells.shape))
+        _climb(prefix, suffix, size)
+    return prefix, suffix
+
+
+def _levels(g: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """The suffixes of the earlier and prefixes of the later halves of every level, and exp P and exp S at the top."""
+    prefix, suffix, levels = g.exp(), torch.ones_like(g), []
+    for size in _sizes(g):
+        levels.append((_halves(suffix, size)[0].clone(), _halves(prefix, size)[1].clone()))
+        _climb(prefix, suffix, size)
+    return levels, prefix, suffix
 
 
 def _pairs_backward(
-    k: Tensor, q: Tensor, levels: list[Tensor], d_pairs_k: Tensor, d_pairs_q: Tensor,
+    k: Tensor, q: Tensor, levels: list[tuple[Tensor, Tensor]], d_pairs_k: Tensor, d_pairs_q: Tensor,
     dk: Tensor, dq: Tensor, d_prefix: Tensor, d_suffix: Tensor,
 ) -> None:  # fmt: skip
-    """Add to ``dk`` and ``dq``, and turn ``d_prefix`` into the gradient of g, down the levels that ``_ladder`` climbed."""
+    """Add to ``dk`` and ``dq``, and turn ``d_prefix`` into the gradient of g, down the levels that ``_pairs`` climbed.
+
+    ``d_prefix`` and ``d_suffix`` are with respect to the logarithms P and S, which are plain sums of g.
+    """
     diagonal = d_pairs_q.diagonal(dim1=1, dim2=2)[..., None]
     dk.addcmul_(diagonal, q)
     dq.addcmul_(diagonal, k)
-    d_keys = torch.empty_like(k)
-    for level in reversed(range(len(levels))):
-        size, factor = 1 << level, levels[level]
+    for size, (early, late) in reversed(list(zip(_sizes(k), levels, strict=True))):
         (d_prefix_0, d_prefix_1), (d_suffix_0, _) = _halves(d_prefix, size), _halves(d_suffix, size)
         d_prefix_0[:, :, -1] += d_prefix_1.sum(2)
         d_prefix_1[:, :, -1] += d_suffix_0.sum(2)
-        keys, early, late_k, late_q = _faded(k, q, factor, size)
+        early_k, late_k, late_q = _faded(k, q, early, late, size)
         d_cells_k, d_cells_q = (_cells(d_pairs, size).flatten(0, 1) for d_pairs in (d_pairs_k, d_pairs_q))
-        d_early, d_late = _halves(d_keys, size)
-        d_early.copy_(torch.bmm(d_cells_k.mT, late_k).baddbmm_(d_cells_q.mT, late_q).view(d_early.shape))
-        d_late.copy_(torch.bmm(d_cells_k, early).view(d_late.shape))
-        d_late_q = torch.bmm(d_cells_q, early)
-        dk.addcmul_(d_keys, factor)
-        _halves(dq, size)[1].addcmul_(d_late_q.view(d_late.shape), _halves(factor, size)[1])
-        keys *= d_keys  # now with respect to the exponents
-        by_suffix, by_prefix = _halves(keys, size)
-        d_suffix_0 += by_suffix
-        d_prefix_1 += by_prefix
-        d_prefix_1 += (d_late_q * late_q).view(d_prefix_1.shape)
+        d_early_k = torch.bmm(d_cells_k.mT, late_k).baddbmm_(d_cells_q.mT, late_q)
+        d_late_k, d_late_q = torch.bmm(d_cells_k, early_k), torch.bmm(d_cells_q, early_k)
+        dk_0, dk_1 = _halves(dk, size)
+        for d_input, d_log, factor, faded, d_faded in (
+            (dk_0, d_suffix_0, early, early_k, d_early_k),
+            (dk_1, d_prefix_1, late, late_k, d_late_k),
+            (_halves(dq, size)[1], d_prefix_1, late, late_q, d_late_q),
+        ):
+            d_input.addcmul_(d_faded.view(factor.shape), factor)
+            d_log.addcmul_(d_faded.view(factor.shape), faded.view(factor.shape))
