@@ -22,7 +22,7 @@ def model_folder(named: Path | None, root: Path = RUNS) -> Path:
         if not named.is_dir():
             raise FileNotFoundError(f"{named}: expected a model folder, got nothing there; try one of those in {root}/")
     where = root if named is None else named
-    found = [path.parent for path in where.rglob("config.json") if is_model(path.parent)]
+    found = [path.parent for path in where.rglob("config.json") if is_model(path.parent) and not _hidden(path, where)]
     if not found:
         raise FileNotFoundError(
             f"{where}: expected a model (config.json and *.safetensors) in it, found none; make one with: kimi-linear train"
@@ -34,3 +34,8 @@ def model_folder(named: Path | None, root: Path = RUNS) -> Path:
 def is_model(folder: Path) -> bool:
     """Whether ``folder`` holds a configuration and weights."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _hidden(path: Path, below: Path) -> bool:
+    """Whether a folder on the way from ``below`` to ``path`` begins with a dot: an unfinished save of a killed run."""
+    return any(part.startswith(".") for part in path.relative_to(below).parts)

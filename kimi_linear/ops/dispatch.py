@@ -70,4 +70,5 @@ def choose_impl(facts: OpFacts, requested: Impl = "auto") -> Choice:
                 f"impl: {facts.op} has no {requested!r} implementation yet, only {', '.join(available)}; use impl='auto'"
             )
         return Choice(requested, "asked for")
-    return Choice("torch", f"fastest exact implementation on {facts.device}: parallel chunks in plain torch")
+    how = "one step per token" if facts.op.startswith("recurrent") else "parallel chunks"
+    return Choice("torch", f"fastest exact implementation on {facts.device}: {how} in plain torch")

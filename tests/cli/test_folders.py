@@ -41,3 +41,9 @@ def test_a_folder_without_weights_is_no_model(tmp_path):
 def test_no_such_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: expected a model folder"):
         model_folder(tmp_path / "nowhere", tmp_path)
+
+
+def test_an_unfinished_save_is_no_model(tmp_path):
+    whole = make(tmp_path / "train" / "step-1", 30)
+    make(tmp_path / "train" / ".step-2.new-abc", 0)
+    assert model_folder(None, tmp_path) == whole
