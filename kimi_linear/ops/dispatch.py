@@ -8,7 +8,7 @@ from typing import get_args
 from kimi_linear.ops.contract import Impl
 
 AVAILABLE: dict[str, tuple[Impl, ...]] = {
-    "chunk_kda": ("reference", "torch"),
+    "chunk_kda": ("reference", "torch", "triton"),
     "recurrent_kda": ("reference", "torch"),
     "chunk_gdn": ("reference", "torch"),
     "recurrent_gdn": ("reference", "torch"),
@@ -16,6 +16,11 @@ AVAILABLE: dict[str, tuple[Impl, ...]] = {
     "recurrent_mamba2": ("reference", "torch"),
 }
 """The implementations that each operation has, slowest first."""
+
+TRITON_DTYPES = ("bfloat16", "float32")
+TRITON_KEY_DIMS = (32, 64, 128)
+"""256 is left out: the scan came out as NaN there on an H200 (Triton 3.6.0, eight warps)."""
+TRITON_VALUE_DIMS = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,27 @@ def choose_impl(facts: OpFacts, requested: Impl = "auto") -> Choice:
             raise ValueError(
                 f"impl: {facts.op} has no {requested!r} implementation yet, only {', '.join(available)}; use impl='auto'"
             )
+        obstacle = why_not_triton(facts) if requested == "triton" else None
+        if obstacle is not None:
+            raise ValueError(f"impl: {facts.op} with 'triton' {obstacle}")
         return Choice(requested, "asked for")
+    if "triton" in available and facts.device == "cuda" and why_not_triton(facts) is None:
+        return Choice("triton", "fastest exact implementation without a backward: three portable Triton kernels")
     how = "one step per token" if facts.op.startswith("recurrent") else "parallel chunks"
     return Choice("torch", f"fastest exact implementation on {facts.device}: {how} in plain torch")
+
+
+def why_not_triton(facts: OpFacts) -> str | None:
+    """What keeps the Triton kernels from computing ``facts``, and the way out; None where nothing does."""
+    if facts.device != "cuda":
+        return f"expected CUDA tensors, got {facts.device}; use impl='auto'"
+    if facts.arch is None or facts.arch < (9, 0):
+        return f"expected compute capability 9.0 or more (the kernels spill registers below), got {facts.arch}; use impl='auto'"
+    if facts.needs_grad:
+        return "has no backward yet; use impl='auto', or call under torch.no_grad()"
+    if facts.dtype not in TRITON_DTYPES:
+        return f"expected q in one of {', '.join(TRITON_DTYPES)}, got {facts.dtype}; use impl='auto'"
+    if facts.key_dim not in TRITON_KEY_DIMS or facts.value_dim not in TRITON_VALUE_DIMS:
+        allowed = f"K in {TRITON_KEY_DIMS} and V in {TRITON_VALUE_DIMS}"
+        return f"expected {allowed}, got K == {facts.key_dim} and V == {facts.value_dim}; use impl='auto'"
+    return None

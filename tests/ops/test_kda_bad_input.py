@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -61,7 +63,11 @@ def arguments(**changes: object) -> dict[str, object]:
         ),
         ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, r"need B == 1, got B == 2; flatten"),
         ({"impl": "cuda"}, ValueError, r"impl: expected one of auto, reference, torch, triton, hopper, got 'cuda'"),
-        ({"impl": "hopper"}, ValueError, r"impl: chunk_kda has no 'hopper' implementation yet, only reference, torch"),
+        (
+            {"impl": "hopper"},
+            ValueError,
+            r"impl: chunk_kda has no 'hopper' implementation yet, only reference, torch, triton",
+        ),
         ({"k": GOOD.k.to("meta")}, ValueError, r"k: expected device cpu, where q is, got meta; move it"),
     ],
 )
@@ -113,12 +119,24 @@ def test_a_misspelt_argument_is_an_error() -> None:
 
 def test_the_choice_is_a_pure_function_of_facts() -> None:
     """It can be asked about a GPU that is not there, and an explicit choice never falls back."""
-    facts = OpFacts(
+    hopper = OpFacts(
         op="chunk_kda", device="cuda", arch=(9, 0), dtype="bfloat16", tokens=8192, key_dim=128, value_dim=128,
-        needs_grad=True,
+        needs_grad=False,
     )  # fmt: skip
-    assert choose_impl(facts).impl == "torch"
-    assert choose_impl(facts).reason
-    assert choose_impl(facts, "reference").impl == "reference"
+    assert choose_impl(hopper).impl == "triton"
+    assert choose_impl(hopper, "reference").impl == "reference"
+    obstacles = {
+        "has no backward yet": {"needs_grad": True},
+        "expected compute capability 9.0 or more": {"arch": (8, 0)},
+        "expected CUDA tensors, got cpu": {"device": "cpu", "arch": None},
+        "expected q in one of bfloat16, float32, got float16": {"dtype": "float16"},
+        r"expected K in \(32, 64, 128\) and V in .*, got K == 96 and V == 128": {"key_dim": 96},
+    }
+    for message, change in obstacles.items():
+        facts = dataclasses.replace(hopper, **change)
+        assert choose_impl(facts).impl == "torch"
+        assert choose_impl(facts).reason
+        with pytest.raises(ValueError, match=message):
+            choose_impl(facts, "triton")
     with pytest.raises(ValueError, match="no 'triton' implementation yet"):
-        choose_impl(facts, "triton")
+        choose_impl(dataclasses.replace(hopper, op="recurrent_kda"), "triton")
