@@ -184,7 +184,7 @@ LEFTOVERS = ("TODO" + "-NUMBER", "FIX" + "ME")
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".html", ".jinja", ".json", ".css", ".js", ""}
 
 
-def test_no_private_path_and_no_missing_number_is_left_in_the_files() -> None:
+def test_no_unfinished_text_is_left_in_the_files() -> None:
     top = [p for p in ROOT.iterdir() if p.name not in ("runs", "build", "dist") and not p.name.startswith(".")]
     files = [f for p in [*top, ROOT / ".ci"] for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file()]
     texts = {f: f.read_text(encoding="utf-8") for f in files if f.suffix in TEXT and "__pycache__" not in f.parts}
