@@ -11,8 +11,8 @@ from kimi_linear.testing.tolerances import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]
 
-LIMIT = {torch.bfloat16: 5e-3, torch.float32: 2e-5}
-"""Relative error against fp64; the bf16 one is the bound that the field's kernels are held to."""
+LIMIT = 5e-3
+"""Relative error of bf16 against fp64: the bound that the field's kernels are held to."""
 LAYOUTS = {
     "batch": {"batch": 2, "tokens": 256, "heads": 2, "v_heads": 4},
     "odd": {"batch": 3, "tokens": 131, "heads": 1},
@@ -25,29 +25,27 @@ def call(inputs: KDAInputs, **changes: object) -> KDAOutput:
     return chunk_kda(*inputs.positional(), normalize_qk=True, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gate", GATE_KINDS)
-def test_exact_at_every_gate(gate: str, layout: str, raw: bool, dtype: torch.dtype) -> None:
+def test_exact_at_every_gate(gate: str, layout: str, raw: bool) -> None:
     inputs = kda_inputs(
-        **LAYOUTS[layout], key_dim=128, gate=gate, raw=raw, normalized=False, dtype=dtype, device="cuda"
+        **LAYOUTS[layout], key_dim=128, gate=gate, raw=raw, normalized=False, dtype=torch.bfloat16, device="cuda"
     )
     result = call(inputs)
     exact = call(inputs.to(torch.float64), impl="torch")
-    assert relative_error(result.output, exact.output) < LIMIT[dtype]
-    assert relative_error(result.final_state, exact.final_state) < LIMIT[dtype]
+    assert relative_error(result.output, exact.output) < LIMIT
+    assert relative_error(result.final_state, exact.final_state) < LIMIT
 
 
 @pytest.mark.parametrize("key_dim", [32, 64, 128])
 @pytest.mark.parametrize("value_dim", [32, 64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_width(key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+def test_every_width(key_dim: int, value_dim: int) -> None:
     inputs = kda_inputs(
-        1, 150, 2, key_dim=key_dim, value_dim=value_dim, raw=True, normalized=False, dtype=dtype, device="cuda"
+        1, 150, 2, key_dim=key_dim, value_dim=value_dim, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda"
     )
     exact = call(inputs.to(torch.float64), impl="torch")
-    assert relative_error(call(inputs).output, exact.output) < LIMIT[dtype]
+    assert relative_error(call(inputs).output, exact.output) < LIMIT
 
 
 def test_two_runs_and_any_slot_are_bitwise_equal() -> None:

@@ -129,7 +129,7 @@ def test_the_choice_is_a_pure_function_of_facts() -> None:
         "has no backward yet": {"needs_grad": True},
         "expected compute capability 9.0 or more": {"arch": (8, 0)},
         "expected CUDA tensors, got cpu": {"device": "cpu", "arch": None},
-        "expected q in one of bfloat16, float32, got float16": {"dtype": "float16"},
+        "expected q in bfloat16, got float32": {"dtype": "float32"},
         r"expected K in \(32, 64, 128\) and V in .*, got K == 96 and V == 128": {"key_dim": 96},
     }
     for message, change in obstacles.items():

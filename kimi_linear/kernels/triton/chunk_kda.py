@@ -33,7 +33,10 @@ class Launch:
 
 
 def launch_of(key_dim: int, value_dim: int, wide: bool) -> Launch:
-    """The configuration for K in {32, 64, 128} and V in {32, 64, 128, 256}; ``wide`` for fp32 inputs. None of them spills on sm_90 or sm_100."""
+    """The configuration for K in {32, 64, 128} and V in {32, 64, 128, 256}; ``wide`` for fp32 inputs.
+
+    The bf16 ones do not spill on sm_90 and sm_100. The fp32 ones do; they are for the interpreter, whose bf16 is wrong.
+    """
     block = min(32, key_dim, value_dim)
     heavy = wide and key_dim > 64
     return Launch(
