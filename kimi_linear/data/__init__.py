@@ -4,7 +4,9 @@ from kimi_linear.data.batch import IGNORE, Batch
 from kimi_linear.data.corpus import Corpus, Documents, read_documents, stdlib_source, tokenize
 from kimi_linear.data.packing import BatchStream, CorpusStream, Packing, TaskStream, in_order
 from kimi_linear.data.synthetic import MQAR, Palindrome, Stack, Task
-from kimi_linear.data.tokenizers import ByteTokenizer, HFTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+from kimi_linear.data.text_stream import StreamDecoder
+from kimi_linear.data.tiktoken import TiktokenTokenizer
+from kimi_linear.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORE",
@@ -22,6 +24,7 @@ __all__ = [
     "StreamDecoder",
     "Task",
     "TaskStream",
+    "TiktokenTokenizer",
     "Tokenizer",
     "in_order",
     "load_tokenizer",

@@ -1,42 +1,34 @@
-"""Text to token ids and back: bytes (needs nothing), or any ``tokenizer.json`` through the tokenizers library.
+"""Text to token ids and back: bytes (needs nothing), the release's ranks, or any ``tokenizer.json``.
 
-A tokenizer saves itself into a model folder in files that transformers and vLLM read, and is found there again.
+A tokenizer saves itself into a model folder in files that transformers and vLLM read, and is found there again. In all
+of them text is only text: a control token spelled out in it stays the characters that it is made of, unless asked for.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from kimi_linear.data.text_stream import UNKNOWN, ByteStream, StreamDecoder, WindowStream
+from kimi_linear.data.tiktoken import RANKS_FILE, TiktokenTokenizer
+from kimi_linear.data.tokenizer_files import (
+    CONFIG_FILE,
+    Companions,
+    digest,
+    split_special,
+    utf8,
+    write_json,
+)
+
 END_OF_TEXT = "<|endoftext|>"
 """How the byte tokenizer spells the end of a document."""
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""What an id or byte sequence that means nothing decodes to."""
-
-_CONFIG_FILE = "tokenizer_config.json"
 _MODEL_FILE = "tokenizer.json"
-_COMPANIONS = (_CONFIG_FILE, "special_tokens_map.json", "chat_template.jinja")
 _MARKER = "kimi_linear_tokenizer"
-# An incomplete UTF-8 character is at most three bytes, and some decoders write one U+FFFD for each of them.
-_MAX_PENDING = 3
-
-
-class StreamDecoder(Protocol):
-    """Turns ids into text one at a time. The pieces joined are ``decode`` of all the ids."""
-
-    def push(self, token: int) -> str:
-        """Text that ``token`` completes; empty while a character is incomplete."""
-        ...
-
-    def finish(self) -> str:
-        """Text held back: U+FFFD for a character that was never completed, else empty."""
-        ...
 
 
 @runtime_checkable
@@ -58,8 +50,27 @@ class Tokenizer(Protocol):
         """Id that ends a document, or None where the vocabulary has none."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; no token is added at either end."""
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids after which a generation is over: ``eos_id``, and those of the folder's generation_config.json."""
+        ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Control tokens by spelling: those that text alone never becomes."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja text that turns messages into text, or None where the folder has none."""
+        ...
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of ``text``; no token is added at either end. With ``special``, spelled-out control tokens become those."""
+        ...
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Ids of plain texts and the control ids between them."""
         ...
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -82,7 +93,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8 text; 256 ends a document.
 
-    Text is only text: the characters ``<|endoftext|>`` in it encode to their 13 bytes, never to id 256.
+    Text is only text: the characters ``<|endoftext|>`` in it encode to their 13 bytes, not to id 256.
 
     >>> ByteTokenizer().encode("né")
     [110, 195, 169]
@@ -91,14 +102,21 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     eos_id: int | None = 256
+    end_ids = frozenset({256})
+    special_tokens: Mapping[str, int] = {END_OF_TEXT: 256}
+    chat_template: str | None = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Bytes of ``text``. Raises ``ValueError`` for text that UTF-8 cannot hold (lone surrogates)."""
-        return list(_utf8(text))
+        return self.encode_parts(split_special(text, self.special_tokens)) if special else list(utf8(text))
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Bytes of the texts, and the ids between them."""
+        return [i for part in parts for i in ([part] if isinstance(part, int) else utf8(part))]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Bytes of each text as an int32 array."""
-        return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32) for text in texts]
+        return [np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``: 256 as ``<|endoftext|>``; broken UTF-8 and ids that are not in the vocabulary as U+FFFD."""
@@ -107,7 +125,7 @@ class ByteTokenizer:
 
     def decoder(self) -> StreamDecoder:
         """A fresh streaming decoder."""
-        return _ByteStream()
+        return ByteStream(_byte_meaning)
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` (a byte-level BPE without merges) and ``tokenizer_config.json``."""
@@ -128,38 +146,37 @@ class ByteTokenizer:
             "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
         }
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, _MARKER: self.name}
-        _write_json(Path(folder) / _MODEL_FILE, model)
-        _write_json(Path(folder) / _CONFIG_FILE, config)
+        write_json(Path(folder) / _MODEL_FILE, model)
+        write_json(Path(folder) / CONFIG_FILE, config)
 
 
-class _ByteStream:
-    def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        if 0 <= token < 256:
-            return self._utf8.decode(bytes((token,)))
-        return self.finish() + (END_OF_TEXT if token == ByteTokenizer.eos_id else UNKNOWN)
-
-    def finish(self) -> str:
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+def _byte_meaning(token: int) -> bytes | str | None:
+    if 0 <= token < 256:
+        return bytes((token,))
+    return END_OF_TEXT if token == ByteTokenizer.eos_id else None
 
 
 class HFTokenizer:
     """A ``tokenizer.json``, read by the tokenizers library (``pip install 'kimi-linear[hf]'``).
 
-    Special tokens spelled out in a text are encoded as those tokens, which chat templates rely on.
+    Text is only text: tokens marked special that are spelled out in it are encoded as the characters that they are made
+    of, unless ``special=True`` asks for them. Other added tokens are words like any other.
     """
 
-    def __init__(self, tokenizer: Any, *, name: str, eos_id: int | None, companions: dict[str, bytes] | None = None):
-        """Wrap a ``tokenizers.Tokenizer``. ``companions`` are files that ``save`` writes beside tokenizer.json."""
+    def __init__(self, tokenizer: Any, *, name: str, companions: Companions) -> None:
+        """Wrap a ``tokenizers.Tokenizer``. ``companions`` are the files that ``save`` writes beside tokenizer.json."""
         self._tokenizer = tokenizer
-        self._companions = dict(companions or {})
+        self._companions = companions
+        # Whether spelled-out special tokens count is a switch on the library's object; threads must not share it.
+        self._switch = threading.Lock()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.name = name
-        self.eos_id = eos_id
-        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.eos_id = companions.token_id("eos_token", vocabulary, _MODEL_FILE)
+        self.end_ids = companions.end_ids(self.vocab_size) | ({self.eos_id} if self.eos_id is not None else set())
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.chat_template = companions.chat_template
 
     @staticmethod
     def load(folder: str | Path) -> HFTokenizer:
@@ -176,7 +193,7 @@ class HFTokenizer:
                 f"{folder / _MODEL_FILE}: needs the tokenizers library, which is not installed; "
                 "install the extra with: pip install 'kimi-linear[hf]'"
             ) from error
-        blob = _read(folder / _MODEL_FILE)
+        blob, companions = (folder / _MODEL_FILE).read_bytes(), Companions.read(folder)
         try:
             backend = Backend.from_str(blob.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for a file it cannot parse
@@ -184,23 +201,35 @@ class HFTokenizer:
                 f"{folder / _MODEL_FILE}: expected a tokenizer.json of the tokenizers library, got a file that it "
                 f"cannot read ({error}); download the file again"
             ) from error
-        companions = {name: _read(folder / name) for name in _COMPANIONS if (folder / name).exists()}
-        eos = _special_token(companions.get(_CONFIG_FILE), "eos_token", folder / _CONFIG_FILE)
-        eos_id = None if eos is None else backend.token_to_id(eos)
-        if eos is not None and eos_id is None:
-            raise ValueError(
-                f"{folder / _CONFIG_FILE}: eos_token: expected a token of {_MODEL_FILE}, got {eos!r}; the two files "
-                "come from different tokenizers"
-            )
-        return HFTokenizer(backend, name=f"hf-{_digest(blob)}", eos_id=eos_id, companions=companions)
+        return HFTokenizer(backend, name=f"hf-{digest(blob)}", companions=companions)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without tokens added at either end."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of ``text``, without tokens added at either end. With ``special``, spelled-out control tokens become those.
+
+        Raises:
+            ValueError: characters that UTF-8 cannot hold (lone surrogates).
+        """
+        utf8(text)
+        with self._switch:
+            self._tokenizer.encode_special_tokens = not special
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Ids of plain texts and the control ids between them."""
+        parts = list(parts)
+        spelled = "".join([part if isinstance(part, str) else self._tokenizer.id_to_token(part) for part in parts])
+        # As one text wherever that says the same: some vocabularies put a space in front of the first word of a text.
+        if split_special(spelled, self.special_tokens) == parts:
+            return self.encode(spelled, special=True)
+        return [i for part in parts for i in ([part] if isinstance(part, int) else self.encode(part))]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as an int32 array, encoded in parallel."""
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        for text in texts:
+            utf8(text)
+        with self._switch:
+            self._tokenizer.encode_special_tokens = True
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -218,77 +247,38 @@ class HFTokenizer:
 
     def decoder(self) -> StreamDecoder:
         """A fresh streaming decoder."""
-        return _WindowStream(self)
+        return WindowStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and the companion files that were loaded with it, unchanged."""
         (Path(folder) / _MODEL_FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
-        for name, blob in self._companions.items():
-            (Path(folder) / name).write_bytes(blob)
+        self._companions.save(folder)
 
     def _decode_run(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
 
 
-class _WindowStream:
-    """Decodes a short window of ids again at every step, since the text of an id depends on the ids before it."""
-
-    def __init__(self, tokenizer: HFTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._emitted = 0  # characters of the window's text that were handed out
-
-    def push(self, token: int) -> str:
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        held = min(len(text) - len(text.rstrip(UNKNOWN)), _MAX_PENDING)
-        piece = text[self._emitted : len(text) - held]
-        self._emitted = max(self._emitted, len(text) - held)
-        # Long enough a window to fix how its last ids read: cut it where nothing is pending.
-        if held == 0 and len(self._window) >= 16:
-            self._window = self._window[-8:]
-            self._emitted = len(self._tokenizer.decode(self._window))
-        return piece
-
-    def finish(self) -> str:
-        piece = self._tokenizer.decode(self._window)[self._emitted :]
-        self._window, self._emitted = [], 0
-        return piece
-
-
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     """The tokenizer saved in a model folder, or None where the folder has none.
+
+    A ``tokenizer.json`` is taken before ``tiktoken.model`` where a folder has both.
 
     Raises:
         ValueError: a tokenizer file is broken, or of a kind that cannot be read. ImportError: a library is missing.
     """
     folder = Path(folder)
-    config = folder / _CONFIG_FILE
-    kind = _special_token(_read(config), _MARKER, config) if config.exists() else None
+    kind = Companions.read(folder).config.get(_MARKER)
     if kind == ByteTokenizer.name:
         return ByteTokenizer()
     if kind is not None:
         raise ValueError(
-            f"{config}: {_MARKER}: expected {ByteTokenizer.name!r}, got {kind!r}; is it a newer version's?"
+            f"{folder / CONFIG_FILE}: {_MARKER}: expected {ByteTokenizer.name!r}, got {kind!r}; is it a newer version's?"
         )
     if (folder / _MODEL_FILE).exists():
         return HFTokenizer.load(folder)
-    if (folder / "tiktoken.model").exists():
-        raise ValueError(
-            f"{folder / 'tiktoken.model'}: expected {_MODEL_FILE}, got a tiktoken vocabulary, which is not read yet; "
-            f"put a {_MODEL_FILE} made from it (transformers converts it) into the folder"
-        )
+    if (folder / RANKS_FILE).exists():
+        return TiktokenTokenizer.load(folder)
     return None
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text: expected characters that UTF-8 can hold, got {text[error.start]!r} at position {error.start}; "
-            "read the text with errors='replace'"
-        ) from error
 
 
 def _byte_characters() -> list[str]:
@@ -296,30 +286,3 @@ def _byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
-
-
-def _special_token(blob: bytes | None, key: str, path: Path) -> str | None:
-    if blob is None:
-        return None
-    try:
-        values = json.loads(blob)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: expected JSON, got a file that does not parse ({error}); restore the file"
-        ) from error
-    token = values.get(key) if isinstance(values, dict) else None
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _read(path: Path) -> bytes:
-    return path.read_bytes()
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def _digest(blob: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(blob).hexdigest()[:12]

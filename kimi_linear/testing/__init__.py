@@ -10,6 +10,7 @@ from kimi_linear.testing.tolerances import (
     rounding_band,
     worst_element_report,
 )
+from kimi_linear.testing.vocabulary import make_tiktoken_folder
 
 __all__ = [
     "GATE_KINDS",
@@ -20,6 +21,7 @@ __all__ = [
     "assert_close_to_reference",
     "compare",
     "kda_inputs",
+    "make_tiktoken_folder",
     "median_time",
     "peak_memory",
     "relative_error",

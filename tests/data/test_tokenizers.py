@@ -120,9 +120,6 @@ def test_folders_without_or_with_broken_tokenizers(tmp_path, hf_folder):
     (hf_folder / "tokenizer_config.json").write_text('{"eos_token": "<nowhere>"')
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected JSON"):
         load_tokenizer(hf_folder)
-    (tmp_path / "tiktoken.model").write_text("")
-    with pytest.raises(ValueError, match=r"got a tiktoken vocabulary"):
-        load_tokenizer(tmp_path)
 
 
 def test_hf_eos_must_be_in_the_vocabulary(hf_folder):

@@ -1,0 +1,179 @@
+"""The files that lie beside a vocabulary: read once, understood where we need to, written back byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "tokenizer_config.json"
+GENERATION_FILE = "generation_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+COMPANIONS = (CONFIG_FILE, "special_tokens_map.json", TEMPLATE_FILE, GENERATION_FILE)
+"""What a vocabulary's folder may hold besides it. The last one says which ids end a generation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Companions:
+    """The companion files of a vocabulary.
+
+    Attributes:
+        folder: where they were read, for messages.
+        blobs: file name and content.
+    """
+
+    folder: Path
+    blobs: Mapping[str, bytes]
+
+    @staticmethod
+    def read(folder: str | Path) -> Companions:
+        """Read those of ``COMPANIONS`` that ``folder`` has, and the tokenizer's code where tokenizer_config.json names some.
+
+        The code is only carried along, since readers such as vLLM want it beside the vocabulary. It is never run here.
+        """
+        folder = Path(folder)
+        found = Companions(folder=folder, blobs=_present(folder, COMPANIONS))
+        return Companions(folder=folder, blobs={**found.blobs, **_present(folder, found._code_files())})
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files into ``folder``, unchanged."""
+        for name, blob in self.blobs.items():
+            (Path(folder) / name).write_bytes(blob)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The values of tokenizer_config.json; empty where there is none."""
+        return self._json(CONFIG_FILE)
+
+    def token(self, key: str) -> str | None:
+        """Spelling of a token that tokenizer_config.json names, such as ``eos_token``; None where it does not."""
+        value = self.config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{self.folder / CONFIG_FILE}: {key}: expected a token's text, got {value!r}")
+        return value
+
+    def token_id(self, key: str, ids: Mapping[str, int], vocabulary: str) -> int | None:
+        """Id of that token in ``ids``; ``vocabulary`` names the file that they come from.
+
+        Raises:
+            ValueError: the vocabulary has no such token.
+        """
+        token = self.token(key)
+        if token is not None and token not in ids:
+            raise ValueError(
+                f"{self.folder / CONFIG_FILE}: {key}: expected a token of {vocabulary}, got {token!r}; the two files "
+                "come from different tokenizers"
+            )
+        return None if token is None else ids[token]
+
+    def end_ids(self, vocab_size: int) -> frozenset[int]:
+        """Ids that end a generation, as generation_config.json says: its ``eos_token_id``, a number or several.
+
+        Raises:
+            ValueError: something that is no id below ``vocab_size``.
+        """
+        value = self._json(GENERATION_FILE).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{self.folder / GENERATION_FILE}: eos_token_id: expected ids in [0, {vocab_size}), got {token!r}; "
+                    "the file belongs to another vocabulary"
+                )
+        return frozenset(ids)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The jinja text of the folder's chat template: chat_template.jinja, else tokenizer_config.json's; or None.
+
+        Raises:
+            ValueError: a template that is no text, or several of which none is called "default".
+        """
+        if TEMPLATE_FILE in self.blobs:
+            return _text(self.blobs[TEMPLATE_FILE], self.folder / TEMPLATE_FILE)
+        value = self.config.get("chat_template")
+        if isinstance(value, list):  # an older form: several templates with names
+            named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+            value = named.get("default", value)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"{self.folder / CONFIG_FILE}: chat_template: expected jinja text, or several with one named "
+                f"'default', got {type(value).__name__}; put the template into {TEMPLATE_FILE}"
+            )
+        return value
+
+    def _code_files(self) -> list[str]:
+        named = self.config.get("auto_map")
+        named = named.get("AutoTokenizer") if isinstance(named, dict) else None
+        classes = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
+        # Plain module names only: neither another repository ("org/name--module.Class") nor a path.
+        modules = dict.fromkeys(name.partition(".")[0] for name in classes)
+        return [f"{module}.py" for module in modules if re.fullmatch(r"[A-Za-z_]\w*", module, re.ASCII)]
+
+    def _json(self, name: str) -> dict[str, Any]:
+        if name not in self.blobs:
+            return {}
+        path = self.folder / name
+        try:
+            values = json.loads(_text(self.blobs[name], path))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: expected JSON, got a file that does not parse ({error}); restore the file"
+            ) from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        return values
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as readable JSON."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def digest(blob: bytes) -> str:
+    """A short name for a file's content."""
+    return hashlib.sha256(blob).hexdigest()[:12]
+
+
+def utf8(text: str) -> bytes:
+    """``text`` in UTF-8.
+
+    Raises:
+        ValueError: a lone surrogate, which libraries would replace without a word.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text: expected characters that UTF-8 can hold, got {text[error.start]!r} at position {error.start}; "
+            "read the text with errors='replace'"
+        ) from error
+
+
+def split_special(text: str, special: Mapping[str, int]) -> list[str | int]:
+    """``text`` cut at every spelling of a special token: plain runs, and the ids between them. Longer spellings win."""
+    if not special:
+        return [text] if text else []
+    pattern = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
+    parts: list[str | int] = []
+    for i, piece in enumerate(re.split(f"({pattern})", text)):
+        if piece:
+            parts.append(special[piece] if i % 2 else piece)
+    return parts
+
+
+def _present(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def _text(blob: bytes, path: Path) -> str:
+    try:
+        return blob.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error}; the file is damaged") from error
