@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from kimi_linear.config import ConfigError, ModelConfig, from_release, to_release
+from kimi_linear.config.json_file import read_json_object
 from kimi_linear.data.tokenizers import Tokenizer, load_tokenizer
 from kimi_linear.model import KimiLinear
 from kimi_linear.model.atomic import replaced_folder
-from kimi_linear.model.checkpoint import GIB, WEIGHT_FILES, load_weights, write_weights
+from kimi_linear.model.checkpoint import GIB, WEIGHT_FILES, fill, stored_tensors, write_weights
+from kimi_linear.model.hub import local_folder
+from kimi_linear.model.own_file import check_links
+from kimi_linear.model.safetensors_file import StoredTensor
 
 CONFIG_FILE = "config.json"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,30 +51,44 @@ def save(
 
 
 def load(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> tuple[KimiLinear, Tokenizer | None]:
-    """Load a model and its tokenizer from a folder in the release layout.
+    """Load a model and its tokenizer from a folder in the release layout, or by its name on the Hugging Face Hub.
+
+    The weights stream from the files to their places on ``device``; the host never holds more than a few MiB of them
+    besides. No code that comes with a model is run, and no pickle is opened.
 
     Args:
-        folder: with config.json, weights, and perhaps a tokenizer.
+        folder: with config.json, weights, and perhaps a tokenizer; or text such as
+            "moonshotai/Kimi-Linear-48B-A3B-Instruct", which is downloaded (``pip install 'kimi-linear[hf]'``).
+        revision: a branch, tag or commit, for a name of the hub.
         device: where the weights go.
-        dtype: of the weights; as stored where None. A_log, dt_bias and the router's bias are fp32 always.
+        dtype: of the weights; as config.json says where None. A_log, dt_bias and the router's bias are fp32 always.
 
     Returns:
         The model, in eval mode, and its tokenizer, None where the folder has none.
 
     Raises:
-        FileNotFoundError: no folder, config.json or weights. ConfigError, CheckpointError: files that are damaged or of
-            another model.
+        FileNotFoundError: no folder, config.json or weights. ConfigError, CheckpointError: files that are damaged,
+            hostile or of another model. ImportError, PermissionError, ConnectionError: the hub (see
+            ``kimi_linear.model.hub``).
     """
-    folder = Path(folder)
+    folder = local_folder(folder, revision)
+    check_links(folder)
     values = read_config(folder)
     config = from_release(values)
+    stored = stored_tensors(folder)
+    model = _skeleton(config, stored)
     tokenizer = load_tokenizer(folder)
     _check_vocabulary(config, tokenizer)
-    with torch.device("meta"):
-        model = KimiLinear(config)
-    load_weights(model, folder, device=device, dtype=dtype or _stored_dtype(values))
+    if dtype is None:
+        # Cast before, not in fill: config.json's word alone is no leave to round.
+        model.to(_stored_dtype(values))
+    fill(model, stored, device=device, dtype=dtype)
     return model.eval(), tokenizer
 
 
@@ -86,13 +104,24 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"folder: expected a model folder with {CONFIG_FILE}, found none in {folder}; "
             "'kimi-linear train' makes one, and so does kimi_linear.save"
         )
+    return read_json_object(path, error=ConfigError)
+
+
+def _skeleton(config: ModelConfig, stored: dict[str, StoredTensor]) -> KimiLinear:
+    """The model on the meta device, where widths cost nothing, once the layers and experts are known to be few."""
+    moe = config.moe
+    experts = 0 if moe is None else max(config.num_layers - moe.first_dense_layers, 0) * moe.num_experts
+    for name, value in (("num_hidden_layers", config.num_layers), ("num_experts in all layers", experts)):
+        if value > len(stored):
+            raise ConfigError(
+                f"{name}: expected at most the {len(stored)} tensors that the weight files hold, got {value}; "
+                f"is {CONFIG_FILE} of the same model?"
+            )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected JSON, got {error}; the file is damaged") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
+        with torch.device("meta"):
+            return KimiLinear(config)
+    except RuntimeError as error:
+        raise ConfigError(f"{CONFIG_FILE}: expected sizes that a tensor can have ({error})") from error
 
 
 def _stored_dtype(values: dict[str, Any]) -> torch.dtype:

@@ -15,6 +15,10 @@ Mixer: TypeAlias = Literal["kda", "gdn", "mamba2", "mla"]
 LinearMixer: TypeAlias = Literal["kda", "gdn", "mamba2"]
 
 
+MAX_SIZE, MAX_LAYERS = 1 << 31, 10_000
+"""Bounds far above any model: past them a config.json is damaged or hostile, and would cost memory to disbelieve."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be: the field's name, what was expected, what came, and the way out."""
 
@@ -43,6 +47,8 @@ class LinearConfig:
     """Activation of the gate on the normalised output."""
     output_gate_rank: int | Literal["full"] | None = None
     """Rank of the output gate's projection; V where None, one full matrix where "full"."""
+    output_gate_bias: bool = False
+    """Add a bias to the low-rank output gate, as fla's layer does; the released model has none."""
 
     @property
     def value_heads(self) -> int:
@@ -67,6 +73,12 @@ class LinearConfig:
         )
         _expect(self.gate_lower_bound < 0, "gate_lower_bound", "a negative number", self.gate_lower_bound)
         _choice(self, "gate", "output_gate")
+        _expect(
+            not self.output_gate_bias or (self.output_gate != "none" and self.output_gate_rank != "full"),
+            "output_gate_bias",
+            "false where there is no low-rank output gate",
+            self.output_gate_bias,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +238,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "num_layers", "intermediate_size")
+        _expect(self.num_layers <= MAX_LAYERS, "num_layers", f"at most {MAX_LAYERS:,}", self.num_layers)
         _choice(self, "linear_mixer")
         if self.mixers is not None:
             _expect(
@@ -335,7 +348,7 @@ def _expect(ok: bool, name: str, expected: str, got: object) -> None:
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _expect(isinstance(value, int) and value > 0, name, "a positive integer", value)
+        _expect(isinstance(value, int) and 0 < value < MAX_SIZE, name, "a positive integer below 2**31", value)
 
 
 def _choice(config: Any, *names: str) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kimi_linear.config.model import ConfigError, Mixer, ModelConfig
+from kimi_linear.config.model import MAX_LAYERS, ConfigError, Mixer, ModelConfig
+from kimi_linear.config.transformers import OWN_KEYS, SPELLINGS, settle
 
 MODEL_TYPE, ARCHITECTURE = "kimi_linear", "KimiLinearForCausalLM"
 VARIANT_TYPE, VARIANT_ARCHITECTURE = "kimi_linear_variant", "KimiLinearVariantForCausalLM"
@@ -112,14 +113,15 @@ def to_release(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, Any
 
 
 def from_release(values: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json in the release layout describes.
+    """The model that a config.json in the release layout describes, whether or not transformers' keys stand beside it.
 
     Raises:
         ConfigError: an unknown or missing key, a value that is not built, layer lists that do not cover the layers once
-            each counting from 1, or our own configuration contradicting the layout's keys.
+            each counting from 1, or transformers' keys or our own configuration contradicting the layout's keys.
     """
     known = {*RENAMED, *RENAMED_MLA, *RENAMED_MOE, *ONLY, *WITHOUT_MEANING, *OTHER_KEYS}
-    _no_unknown(values, known, "")
+    _no_unknown(values, {*known, *OWN_KEYS, *SPELLINGS}, "")
+    values = settle(values)
     kind = values.get("model_type")
     if kind not in (MODEL_TYPE, VARIANT_TYPE):
         raise ConfigError(f"model_type: expected {MODEL_TYPE!r}, got {kind!r}; is this another model's config.json?")
@@ -129,7 +131,7 @@ def from_release(values: dict[str, Any]) -> ModelConfig:
         return _read(values)
     config = ModelConfig.from_dict(values[OWN_KEY])
     for key, expected in _plain(config).items():
-        if key in values and values[key] != expected:
+        if key in values and values[key] != expected and not (config.moe is None and values[key] is None):
             raise ConfigError(
                 f"{key}: expected {expected!r}, as {OWN_KEY} says, got {values[key]!r}; "
                 f"delete {OWN_KEY} to read the other keys alone"
@@ -150,7 +152,12 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     return {
         **{key: getattr(config, name) for key, name in RENAMED.items()},
         **{key: getattr(config.mla, name) for key, name in RENAMED_MLA.items()},
-        **{key: None if moe is None else getattr(moe, name) for key, name in RENAMED_MOE.items()},
+        **(
+            # Without expert keys every reader builds dense layers; transformers, which has defaults for them, is told here.
+            {"first_k_dense_replace": config.num_layers}
+            if moe is None
+            else {key: getattr(moe, name) for key, name in RENAMED_MOE.items()}
+        ),
         **{key: allowed[0] for key, allowed in ONLY.items()},
         "num_key_value_heads": config.mla.num_heads,
         "mla_use_nope": config.mla.position == "nope",
@@ -180,6 +187,7 @@ def _normal(config: ModelConfig) -> dict[str, Any]:
             linear.gate_lower_bound if linear.gate == "bounded" else None,
             linear.head_dim if linear.gate_rank is None else linear.gate_rank,
             linear.output_gate, linear.value_dim if linear.output_gate_rank is None else linear.output_gate_rank,
+            linear.output_gate_bias,
         ),
         "mla": config.mla.__dict__ | {"kv_norm_eps": config.kv_norm_eps},
         "moe": None if moe is None else moe.__dict__,
@@ -243,7 +251,12 @@ def _moe(values: dict[str, Any]) -> dict[str, Any] | None:
 def _mixers(values: dict[str, Any], layers: int) -> tuple[Mixer, ...]:
     """The mixer of each layer, from two lists that count from 1 and cover each layer once."""
     _no_unknown(values, LINEAR_KEYS, "linear_attn_config.")
+    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers: expected an integer from 1 to {MAX_LAYERS:,}, got {layers!r}")
     kda, full = (_need(values, name, "linear_attn_config.") for name in LAYER_LISTS)
+    for name, numbers in zip(LAYER_LISTS, (kda, full), strict=True):
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise ConfigError(f"linear_attn_config.{name}: expected a list of layer numbers, got {numbers!r:.100}")
     listed = sorted([*kda, *full])
     if listed == list(range(1, layers + 1)):
         return tuple("kda" if i in kda else "mla" for i in range(1, layers + 1))
@@ -276,5 +289,8 @@ def _no_unknown(values: object, known: set[str], prefix: str) -> None:
 
 def _need(values: dict[str, Any], key: str, prefix: str = "") -> Any:
     if values.get(key) is None:
-        raise ConfigError(f"{prefix}{key}: missing key; the release layout has it")
+        raise ConfigError(
+            f"{prefix}{key}: missing key; the release layout has it; 'kimi-linear check' tells what else is wrong, and "
+            "'kimi-linear convert --repair' writes what the weights settle"
+        )
     return values[key]

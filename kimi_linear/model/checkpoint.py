@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors in shards under the release layout's names, read and written one tensor at a time.
+"""Weights on disk: safetensors in shards under the release layout's names, streamed in and written shard by shard.
 
 A model holds its experts stacked, a checkpoint one by one. ``release_tensors`` lists the checkpoint's tensors as views
 of the model's parameters, so that reading and writing are plain copies.
@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kimi_linear.config.json_file import read_json_object
 from kimi_linear.model.atomic import replaced_folder
 from kimi_linear.model.model import KimiLinear
 from kimi_linear.model.moe import Experts
+from kimi_linear.model.own_file import own_file
+from kimi_linear.model.parameters import allocate
+from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor, read_header
+from kimi_linear.model.streaming import stream_into
+
+__all__ = [
+    "CheckpointError",
+    "fill",
+    "load_weights",
+    "release_tensors",
+    "save_weights",
+    "stored_tensors",
+    "write_weights",
+]
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = ("*.safetensors", INDEX_FILE)
 """Names of the files that hold weights."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 GIB = 1 << 30
-
-
-class CheckpointError(ValueError):
-    """Files that are no checkpoint of this model: what was expected, what is there, and where."""
 
 
 def release_tensors(model: KimiLinear) -> dict[str, Tensor]:
@@ -96,44 +106,97 @@ def load_weights(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Fill the model's weights from a folder of safetensors, one tensor at a time.
+    """Fill the model's weights from a folder of safetensors, streamed into place.
 
-    A model on the meta device is allocated first, so that nothing is held twice. A_log, dt_bias and the router's bias
-    are fp32 whatever the file and ``dtype`` say. After an error the weights are partly the old ones.
+    Every file's header is checked before anything is allocated or changed. A model on the meta device is then
+    allocated, so that nothing is held twice. A_log, dt_bias and the router's bias are fp32 whatever the file and
+    ``dtype`` say. After an error in the numbers themselves the weights are partly the old ones.
 
     Args:
         model: what to fill.
         folder: with ``model.safetensors``, or shards and their index.
         device: where the model goes first; where it is, or the CPU for one on the meta device, if None.
-        dtype: what the model is cast to first; unchanged where None.
+        dtype: what the model is cast to first. Where None it stays as it is, and numbers stored wider than it holds
+            them are refused.
 
     Raises:
         FileNotFoundError: no weights there. CheckpointError: a missing, unexpected or misshapen tensor, one that is not
-            finite, a file that is truncated or no safetensors, or an index that leaves the folder.
+            finite, a file that is truncated, no safetensors or outside the folder, or an index that leaves it.
     """
-    folder = Path(folder)
-    files = _files(folder)
+    fill(model, stored_tensors(folder), device=device, dtype=dtype)
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by its name: where it lies, its shape and dtype. Only headers are read.
+
+    Raises:
+        FileNotFoundError: no weights there. CheckpointError: a file that is damaged or outside the folder, an index
+            that disagrees with the files, or a tensor in two of them.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path, listed in _files(Path(folder)).items():
+        header = read_header(path)
+        twice = sorted(header.keys() & found.keys())
+        if twice:
+            other = found[twice[0]].path.name
+            raise CheckpointError(
+                f"{twice[0]}: expected in one file, found in {other} and in {path}; remove one of them"
+            )
+        if listed is not None and header.keys() != listed:
+            raise CheckpointError(
+                f"{path}: expected the tensors that {INDEX_FILE} lists in it, got a difference at "
+                f"{min(header.keys() ^ listed)}; index and files are of different checkpoints"
+            )
+        found |= header
+    return found
+
+
+def fill(
+    model: KimiLinear,
+    stored: dict[str, StoredTensor],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """``load_weights`` from tensors that ``stored_tensors`` found."""
+    _check_stored(stored, release_tensors(model), any_dtype=dtype is not None)
     if dtype is not None:
         model.to(dtype)
     if model.device.type == "meta":
-        place = "cpu" if device is None else device
-        # As model.to_empty, which would import torch's decompositions for a second.
-        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=place))
+        allocate(model, "cpu" if device is None else device)
     elif device is not None:
         model.to(device)
-    missing = release_tensors(model)
-    for path, listed in files.items():
-        for name, tensor in _read(path, listed, missing):
-            target = missing.pop(name)
-            target.copy_(tensor)
-            if not bool(torch.isfinite(target).all()):
-                raise CheckpointError(
-                    f"{name}: expected finite numbers in {target.dtype}, got NaN or infinity from {path}; "
-                    "the checkpoint is damaged, or its numbers do not fit that dtype"
-                )
+    stream_into((stored[name], target) for name, target in release_tensors(model).items())
+
+
+def _check_stored(stored: dict[str, StoredTensor], wanted: dict[str, Tensor], *, any_dtype: bool) -> None:
+    """Refuse tensors that are not those of the model, before a number is read."""
+    for name, tensor in stored.items():
+        if name not in wanted:
+            raise CheckpointError(
+                f"{name}: not a tensor of this model, found in {tensor.path}; is config.json its own?"
+            )
+        target = wanted[name]
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"{name}: expected shape {list(target.shape)}, got {list(tensor.shape)} in {tensor.path}; "
+                "is config.json of the same model?"
+            )
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype} in {tensor.path}; "
+                "quantised weights are not read"
+            )
+        if not any_dtype and torch.promote_types(tensor.dtype, target.dtype) != target.dtype:
+            raise CheckpointError(
+                f"{name}: expected numbers that {target.dtype} holds, as the model asks for, got {tensor.dtype} in "
+                f"{tensor.path}; load with dtype={target.dtype} to round them, or with dtype={tensor.dtype}"
+            )
+    missing = wanted.keys() - stored.keys()
     if missing:
+        where = next(iter(stored.values())).path.parent if stored else "files without tensors"
         raise CheckpointError(
-            f"{next(iter(missing))}: missing from {folder} ({len(missing)} tensors are); is config.json of the same model?"
+            f"{min(missing)}: missing from {where} ({len(missing)} tensors are); is config.json of the same model?"
         )
 
 
@@ -167,68 +230,45 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     present = {path.name for path in folder.glob("*.safetensors")}
     if not (folder / INDEX_FILE).exists():
         if present == {SINGLE_FILE}:
-            return {folder / SINGLE_FILE: None}
+            return {own_file(folder, SINGLE_FILE): None}
         if not present:
-            raise FileNotFoundError(f"folder: expected {SINGLE_FILE} or {INDEX_FILE} in {folder}, found neither")
+            raise FileNotFoundError(f"folder: expected {SINGLE_FILE} or {INDEX_FILE} in {folder}, {_instead(folder)}")
         raise CheckpointError(
             f"{folder}: expected {INDEX_FILE} beside several weight files, or {SINGLE_FILE} alone, got "
             f"{', '.join(sorted(present))}; was the download complete?"
         )
-    weight_map = _index(folder / INDEX_FILE)
-    names = sorted(set(weight_map.values()))
-    for name in names:
+    weight_map = _index(own_file(folder, INDEX_FILE))
+    listed: dict[str, set[str]] = {}
+    for key, file in weight_map.items():
+        listed.setdefault(file, set()).add(key)
+    for name in sorted(listed):
         # An index comes from elsewhere: it may name files of this folder and nothing else.
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX_FILE}: expected names of .safetensors files in its own folder, got {name!r}")
         if name not in present:
             raise FileNotFoundError(f"{name}: listed in {folder / INDEX_FILE} but missing; was the download complete?")
-    strangers = sorted(present - set(names))
+    strangers = sorted(present - listed.keys())
     if strangers:
         raise CheckpointError(
             f"{strangers[0]}: found in {folder}, but {INDEX_FILE} lists nothing in it; remove it, or repair the index"
         )
-    return {folder / name: {key for key, file in weight_map.items() if file == name} for name in names}
+    return {own_file(folder, name): listed[name] for name in sorted(listed)}
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors holds, in words."""
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if not pickles:
+        return "found neither"
+    return (
+        f"found {pickles[0]}; a pickle can run code when it is opened, so none ever is: ask for safetensors, or convert "
+        "it where you trust it"
+    )
 
 
 def _index(path: Path) -> dict[str, str]:
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected JSON, got {error}; the file is damaged") from error
-    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    values = read_json_object(path, error=CheckpointError)
+    weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path}: expected an object 'weight_map' from tensor names to file names")
     return weight_map
-
-
-def _read(path: Path, listed: set[str] | None, wanted: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one file, each checked against the one it goes into."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if listed is not None and names != listed:
-                raise CheckpointError(
-                    f"{path}: expected the tensors that {INDEX_FILE} lists in it, got a difference at "
-                    f"{min(names ^ listed)}; index and files are of different checkpoints"
-                )
-            for name in sorted(names):
-                if name not in wanted:
-                    raise CheckpointError(
-                        f"{name}: not a tensor of this model, found in {path}; is config.json its own?"
-                    )
-                tensor, target = file.get_tensor(name), wanted[name]
-                if tensor.shape != target.shape:
-                    raise CheckpointError(
-                        f"{name}: expected shape {list(target.shape)}, got {list(tensor.shape)} in {path}; "
-                        "is config.json of the same model?"
-                    )
-                if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-                    raise CheckpointError(
-                        f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype} in {path}; "
-                        "quantised weights are not read"
-                    )
-                yield name, tensor
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path}: expected a whole safetensors file, got one that is truncated, damaged or of another kind ({error})"
-        ) from error

@@ -103,10 +103,10 @@ class ConvWeight(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A projection without bias, as everywhere in the model, left unset until ``init_weights`` or a checkpoint."""
+    """A projection, without bias as nearly everywhere in the model, left unset until ``init_weights`` or a checkpoint."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
 
     def reset_parameters(self) -> None:
         """Nothing: torch's own first values would be thrown away, and cost four seconds of imports on meta."""
@@ -117,6 +117,15 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Nothing, for the same reason."""
+
+
+def allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Give a model on the meta device memory on ``device``, uninitialised: fill it with ``init_weights`` or a checkpoint.
+
+    Each parameter keeps its dtype, so that ``model.to(torch.bfloat16)`` before makes a bf16 model without an fp32 copy.
+    """
+    # As model.to_empty, which would import torch's decompositions for a second.
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
 
 
 def init_weights(model: nn.Module, std: float, seed: int | None) -> None:
@@ -131,6 +140,8 @@ def init_weights(model: nn.Module, std: float, seed: int | None) -> None:
     for module in model.modules():
         if isinstance(module, Linear | Embedding | ConvWeight):
             nn.init.normal_(module.weight, std=std, generator=generator)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif callable(getattr(module, "init_weights", None)):

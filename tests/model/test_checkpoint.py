@@ -172,7 +172,8 @@ def test_index_and_files_must_agree(model: KimiLinear, tmp_path: Path) -> None:
     first = good["weight_map"]["lm_head.weight"]
     cases = [
         ("{", CheckpointError, "expected JSON"),
-        ("[]", CheckpointError, "expected an object 'weight_map'"),
+        ("[]", CheckpointError, "expected a JSON object, got list"),
+        ("{}", CheckpointError, "expected an object 'weight_map'"),
         (json.dumps({"weight_map": good["weight_map"] | {"stray": first}}), CheckpointError, "difference at stray"),
         (
             json.dumps({"weight_map": good["weight_map"] | {"a": "b.safetensors"}}),

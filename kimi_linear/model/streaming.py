@@ -1,0 +1,105 @@
+"""Tensors from files straight into their places: read in pieces, several at once, each where it belongs.
+
+Plain reads instead of a memory map: a map's pages count as memory of the process until they are dropped, and are faulted
+in one after the other. On a CPU a piece is read into the parameter itself; for another device or dtype it passes through
+one buffer for each reader, pinned where the device is a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor
+
+PIECE_BYTES = 8 << 20
+"""One read. Large enough for a disk's full speed, small enough to check its numbers while they are in the cache."""
+READERS = 4
+"""Reads under way at once."""
+
+
+class _Piece(NamedTuple):
+    stored: StoredTensor
+    offset: int
+    """In bytes from the tensor's beginning."""
+    target: Tensor
+    """Flat, contiguous: the numbers that this read brings."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.target.numel() * self.stored.dtype.itemsize
+
+
+def stream_into(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
+    """Fill each tensor with the stored one beside it, converted to its dtype.
+
+    Args:
+        pairs: a stored tensor, and a contiguous tensor of its shape, on any device but meta.
+
+    Raises:
+        CheckpointError: a number that is not finite in the tensor's dtype, or a file that ended early.
+    """
+    ordered = sorted(pairs, key=lambda pair: (pair[0].path, pair[0].start))
+    pieces = [piece for stored, target in ordered for piece in _pieces(stored, target)]
+    own = threading.local()
+
+    def read(piece: _Piece) -> _Piece:
+        target = piece.target
+        if target.device.type == "cpu" and target.dtype == piece.stored.dtype:
+            _read_into(piece, target)
+            return piece
+        if not hasattr(own, "buffer"):
+            own.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=target.is_cuda)
+        staged = own.buffer[: piece.nbytes].view(piece.stored.dtype)
+        _read_into(piece, staged)
+        target.copy_(staged)
+        return piece
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
+        try:
+            for piece in pool.map(read, pieces):
+                _check_finite(piece)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _pieces(stored: StoredTensor, target: Tensor) -> list[_Piece]:
+    assert target.shape == stored.shape
+    size = stored.dtype.itemsize
+    parts = target.view(-1).split(PIECE_BYTES // size)
+    return [_Piece(stored, i * PIECE_BYTES, part) for i, part in enumerate(parts) if part.numel()]
+
+
+def _read_into(piece: _Piece, tensor: Tensor) -> None:
+    """Fill a flat CPU tensor of the stored dtype."""
+    stored, at = piece.stored, piece.stored.start + piece.offset
+    room = tensor.view(torch.uint8).numpy().data
+    descriptor = os.open(stored.path, os.O_RDONLY)
+    try:
+        while room:
+            got = os.preadv(descriptor, [room], at)
+            if got == 0:
+                raise CheckpointError(
+                    f"{stored.name}: expected {len(room):,} more bytes in {stored.path}, got its end; "
+                    "the file changed while it was read"
+                )
+            room, at = room[got:], at + got
+    finally:
+        os.close(descriptor)
+
+
+def _check_finite(piece: _Piece) -> None:
+    # The extremes are NaN where any number is; one pass, without a mask of the tensor's size.
+    low, high = piece.target.aminmax()
+    if not bool(low.isfinite() & high.isfinite()):
+        raise CheckpointError(
+            f"{piece.stored.name}: expected finite numbers in {piece.target.dtype}, got NaN or infinity from "
+            f"{piece.stored.path}; the checkpoint is damaged, or its numbers do not fit that dtype"
+        )
