@@ -152,8 +152,8 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     return {
         **{key: getattr(config, name) for key, name in RENAMED.items()},
         **{key: getattr(config.mla, name) for key, name in RENAMED_MLA.items()},
+        # Without expert keys every reader builds dense layers; transformers, which has defaults for them, is told here.
         **(
-            # Without expert keys every reader builds dense layers; transformers, which has defaults for them, is told here.
             {"first_k_dense_replace": config.num_layers}
             if moe is None
             else {key: getattr(moe, name) for key, name in RENAMED_MOE.items()}

@@ -66,7 +66,7 @@ class LinearMixer(KeepsFP32):
             else:
                 rank = shape.value_dim if shape.output_gate_rank is None else shape.output_gate_rank
                 self.g_a_proj = Linear(width, rank)
-                self.g_b_proj = Linear(rank, self.value_width)
+                self.g_b_proj = Linear(rank, self.value_width, bias=shape.output_gate_bias)
         self.o_norm = RMSNorm(shape.value_dim, config.rms_norm_eps)
         self.o_proj = Linear(self.value_width, width)
         self.flag_parameters()
