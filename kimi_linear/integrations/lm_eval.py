@@ -7,7 +7,7 @@ other, and only the places that are scored meet the output projection.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +95,9 @@ def score(
     """
     for i, (context, _) in enumerate(pairs):
         if not context:
-            raise ValueError(f"pairs[{i}]: expected a context of at least one token, got none; begin with the bos token")
+            raise ValueError(
+                f"pairs[{i}]: expected a context of at least one token, got none; begin with the bos token"
+            )
     scores = [Score(0.0, True)] * len(pairs)
     for rows in _batches(pairs, batch_tokens):
         tokens, targets, bounds, places = [], [], [0], []
@@ -192,7 +194,8 @@ def _lm_class() -> type:
 
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
-            found = [tuple(s) for s in score(self.model, pairs, batch_tokens=self.batch_tokens)]
+            scores = score(self.model, pairs, batch_tokens=self.batch_tokens)
+            found = [(one.logprob, one.greedy) for one in scores]
             for (asked, _, _), answer in zip(requests, found, strict=True):
                 # lm-eval's cache knows a request by its texts; a rolling window has none.
                 if asked is not None:
@@ -230,7 +233,7 @@ def _lm_class() -> type:
     return KimiLinearLM
 
 
-def _sampling(asked: dict[str, Any]) -> dict[str, Any]:
+def _sampling(asked: Mapping[str, Any]) -> dict[str, Any]:
     """``stream``'s arguments for a task's generation settings, which lm-eval has brought into one form."""
     asked = dict(asked)
     until = asked.pop("until", None) or []
