@@ -49,32 +49,31 @@ _LONG_RUN = re.compile(rf"\S{{{_RUN + 1},}}|\s{{{_RUN + 1},}}")
 class TiktokenTokenizer:
     """The vocabulary of the released checkpoints, merged by the tiktoken library (``pip install 'kimi-linear[hf]'``).
 
-    Text is only text: control tokens spelled out in it are encoded as the characters that they are made of, unless
-    ``special=True`` asks for them. Added tokens that are not marked special are words like any other.
+    Text is only text: a reserved token spelled out in it is encoded as the characters that it is made of, unless
+    ``special=True`` asks for it. That holds for all 256, also those that the files do not mark special: the marks of a
+    tool call are among them.
     """
 
     def __init__(self, encoding: Any, *, tokens: Iterable[bytes], ranks: bytes, special: Mapping[str, int],
-                 words: Mapping[str, int], companions: Companions) -> None:  # fmt: skip
+                 companions: Companions) -> None:  # fmt: skip
         """Wrap a ``tiktoken.Encoding``; ``load`` makes one from a folder.
 
         Args:
-            encoding: with the ranks and all added tokens.
+            encoding: with the ranks.
             tokens: the bytes of each rank, in order.
             ranks: the content of tiktoken.model, written back by ``save``.
-            special: control tokens by spelling.
-            words: the other added tokens by spelling.
+            special: the reserved tokens by spelling.
             companions: the files beside it.
         """
         self._encoding, self._blob, self._companions = encoding, ranks, companions
-        self._words = frozenset(words)
         self._bytes: list[bytes] = list(tokens)
         self.special_tokens = dict(special)
-        self._spellings = {token: text for text, token in (*special.items(), *words.items())}
+        self._spellings = {token: text for text, token in special.items()}
         self.name = f"tiktoken-{digest(ranks)}"
-        self.vocab_size: int = encoding.n_vocab
-        added = {**special, **words}
-        self.eos_id = companions.token_id("eos_token", added, f"{RANKS_FILE} and added_tokens_decoder")
+        self.vocab_size = len(self._bytes) + len(special)
+        self.eos_id = companions.token_id("eos_token", special, "added_tokens_decoder")
         self.end_ids = companions.end_ids(self.vocab_size) | ({self.eos_id} if self.eos_id is not None else set())
+        self.named_tokens = companions.named_tokens
         self.chat_template = companions.chat_template
 
     @staticmethod
@@ -95,17 +94,11 @@ class TiktokenTokenizer:
             ) from error
         blob, companions = path.read_bytes(), Companions.read(folder)
         ranks = _ranks(blob, path)
-        special, words = _added_tokens(companions, first=len(ranks))
+        special = _reserved_tokens(companions, first=len(ranks))
         encoding = tiktoken.Encoding(
-            name=path.name,
-            pat_str=SPLIT_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={**special, **words},
-            explicit_n_vocab=len(ranks) + RESERVED,
+            name=path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        return TiktokenTokenizer(
-            encoding, tokens=ranks, ranks=blob, special=special, words=words, companions=companions
-        )
+        return TiktokenTokenizer(encoding, tokens=ranks, ranks=blob, special=special, companions=companions)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of ``text``. With ``special``, spelled-out control tokens become those tokens.
@@ -140,12 +133,7 @@ class TiktokenTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         utf8(text)  # the library would replace lone surrogates without a word
-        return [i for piece in _pieces(text) for i in self._merge(piece)]
-
-    def _merge(self, text: str) -> list[int]:
-        if self._words:
-            return self._encoding.encode(text, allowed_special=self._words, disallowed_special=())
-        return self._encoding.encode_ordinary(text)
+        return [i for piece in _pieces(text) for i in self._encoding.encode_ordinary(piece)]
 
     def _meaning(self, token: int) -> bytes | str | None:
         if 0 <= token < len(self._bytes):
@@ -189,14 +177,13 @@ def _ranks(blob: bytes, path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _added_tokens(companions: Companions, *, first: int) -> tuple[dict[str, int], dict[str, int]]:
-    """(control tokens, other added tokens) by spelling; together they name ``RESERVED`` ids from ``first`` on."""
+def _reserved_tokens(companions: Companions, *, first: int) -> dict[str, int]:
+    """Spelling and id of the ``RESERVED`` ids from ``first`` on."""
     where = f"{companions.folder / CONFIG_FILE}: added_tokens_decoder"
     listed = companions.config.get("added_tokens_decoder", {})
     if not isinstance(listed, dict):
         raise ValueError(f"{where}: expected an object of ids and tokens, got {type(listed).__name__}")
     names = {token: f"<|reserved_token_{token}|>" for token in range(first, first + RESERVED)}
-    ordinary: set[int] = set()
     for key, entry in listed.items():
         if not (key.isascii() and key.isdigit() and int(key) in names):
             raise ValueError(
@@ -207,11 +194,8 @@ def _added_tokens(companions: Companions, *, first: int) -> tuple[dict[str, int]
         if not isinstance(content, str) or not content:
             raise ValueError(f"{where}.{key}: expected an object with the token's text in 'content', got {entry!r}")
         names[int(key)] = content
-        if entry.get("special") is False:
-            ordinary.add(int(key))
-    special = {name: token for token, name in names.items() if token not in ordinary}
-    words = {names[token]: token for token in ordinary}
-    if len(special.keys() | words.keys()) != RESERVED:
-        twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
+    special = {name: token for token, name in names.items()}
+    if len(special) != RESERVED:
+        twice = next(name for token, name in names.items() if special[name] != token)
         raise ValueError(f"{where}: expected a different text for each id, got {twice!r} twice")
-    return special, words
+    return special

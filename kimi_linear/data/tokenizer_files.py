@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 COMPANIONS = (CONFIG_FILE, "special_tokens_map.json", TEMPLATE_FILE, GENERATION_FILE)
 """What a vocabulary's folder may hold besides it. The last one says which ids end a generation."""
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The roles that tokenizer_config.json gives to tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,12 @@ class Companions:
                 "come from different tokenizers"
             )
         return None if token is None else ids[token]
+
+    @cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """The tokens that tokenizer_config.json gives a role: ``bos_token`` and so on. Chat templates ask for them."""
+        named = {key: self.token(key) for key in NAMED_TOKENS}
+        return {key: token for key, token in named.items() if token is not None}
 
     def end_ids(self, vocab_size: int) -> frozenset[int]:
         """Ids that end a generation, as generation_config.json says: its ``eos_token_id``, a number or several.
@@ -158,14 +167,28 @@ def utf8(text: str) -> bytes:
 
 def split_special(text: str, special: Mapping[str, int]) -> list[str | int]:
     """``text`` cut at every spelling of a special token: plain runs, and the ids between them. Longer spellings win."""
-    if not special:
-        return [text] if text else []
-    pattern = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
     parts: list[str | int] = []
-    for i, piece in enumerate(re.split(f"({pattern})", text)):
+    for i, piece in enumerate(_any_of(tuple(special)).split(text)):
         if piece:
             parts.append(special[piece] if i % 2 else piece)
     return parts
+
+
+def spelled_by(names: Iterable[str]) -> str:
+    """A regex, without groups, that matches any of ``names``, the longest where several match; nothing for no names.
+
+    Names that begin alike are tried together, so that a "<" in a text costs one step and not one for each of 256 names.
+    """
+    by_start: dict[str, list[str]] = {}
+    for name in sorted(names, key=len, reverse=True):
+        by_start.setdefault(name[:2], []).append(re.escape(name[2:]))
+    starts = sorted(by_start, key=len, reverse=True)
+    return "|".join(f"{re.escape(start)}(?:{'|'.join(by_start[start])})" for start in starts) or "(?!)"
+
+
+@lru_cache(maxsize=16)
+def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(f"({spelled_by(names)})")
 
 
 def _present(folder: Path, names: Iterable[str]) -> dict[str, bytes]:

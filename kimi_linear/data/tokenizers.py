@@ -61,6 +61,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """Spellings of the tokens with a role, such as ``bos_token``; chat templates ask for them."""
+        ...
+
+    @property
     def chat_template(self) -> str | None:
         """The jinja text that turns messages into text, or None where the folder has none."""
         ...
@@ -104,6 +109,7 @@ class ByteTokenizer:
     eos_id: int | None = 256
     end_ids = frozenset({256})
     special_tokens: Mapping[str, int] = {END_OF_TEXT: 256}
+    named_tokens: Mapping[str, str] = {"eos_token": END_OF_TEXT}
     chat_template: str | None = None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -176,6 +182,7 @@ class HFTokenizer:
         self.end_ids = companions.end_ids(self.vocab_size) | ({self.eos_id} if self.eos_id is not None else set())
         added = tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.named_tokens = companions.named_tokens
         self.chat_template = companions.chat_template
 
     @staticmethod

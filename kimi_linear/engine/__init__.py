@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kimi_linear.engine.config import SamplingConfig
+    from kimi_linear.engine.conversation import Answer, Conversation
     from kimi_linear.engine.generate import GenerationStats, TextStream, generate_tokens, stream
     from kimi_linear.engine.sampler import make_generator, probabilities, sample
 
 _HOMES = {
     "SamplingConfig": "config",
+    "Answer": "conversation",
+    "Conversation": "conversation",
     "GenerationStats": "generate",
     "TextStream": "generate",
     "generate_tokens": "generate",
@@ -21,6 +24,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "Answer",
+    "Conversation",
     "GenerationStats",
     "SamplingConfig",
     "TextStream",

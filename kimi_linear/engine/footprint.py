@@ -15,12 +15,15 @@ STATE_ITEM = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Sizes of one configuration. A context of T tokens takes ``state_bytes + T * token_bytes`` per sequence."""
+    """Sizes of one configuration in one dtype. A context of T tokens takes ``state_bytes + T * token_bytes`` per
+    sequence."""
 
     parameters: int
     """All parameters."""
     active_parameters: int
     """Parameters that one token uses: all but the routed experts that it does not visit."""
+    weight_bytes: int
+    """Memory for the weights: all in the dtype but A_log, dt_bias and the router's bias, which stay in fp32."""
     state_bytes: int
     """Per sequence, however long: recurrent matrices (fp32) and convolution windows of the linear layers."""
     token_bytes: int
@@ -36,10 +39,10 @@ def footprint(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Footp
 
     Args:
         config: any configuration.
-        dtype: of the latents and the convolution windows; the recurrent matrices are fp32 always.
+        dtype: of the weights, the latents and the convolution windows; the recurrent matrices are fp32 always.
     """
     with torch.device("meta"):
-        model = KimiLinear(config)
+        model = KimiLinear(config).to(dtype)
     parameters = sum(p.numel() for p in model.parameters())
     linear = config.linear
     heads, value_heads = linear.num_heads, linear.value_heads
@@ -50,6 +53,7 @@ def footprint(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Footp
     return Footprint(
         parameters=parameters,
         active_parameters=parameters - _idle_expert_parameters(config),
+        weight_bytes=sum(p.nbytes for p in model.parameters()),
         state_bytes=(config.num_layers - full) * state,
         token_bytes=full * config.mla.latent_dim * dtype.itemsize,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,8 @@ class GenerationStats:
 
     prompt_tokens: int
     """Tokens read before the first drawn one."""
+    reused_tokens: int = 0
+    """Tokens of the context that an earlier turn's state held already, so that they were not read again."""
     generated_tokens: int = 0
     """Tokens drawn, an end-of-document token included."""
     prefill_seconds: float = 0.0
@@ -37,7 +39,7 @@ class GenerationStats:
     state_bytes: int = 0
     """Memory that the model's state holds at the end."""
     finish_reason: FinishReason | None = None
-    """Why it ended: max_tokens reached ("length"), the document ended ("eos"), a stop string came ("stop")."""
+    """Why it ended: max_tokens reached ("length"), an end token came ("eos"), a stop string came ("stop")."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -51,7 +53,7 @@ def generate_tokens(
     prompt: Sequence[int],
     sampling: SamplingConfig,
     *,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
     segment: int = SEGMENT,
     state: ModelState | None = None,
@@ -64,7 +66,7 @@ def generate_tokens(
         model: any model; it is used as it is, on its own device.
         prompt: at least one id.
         sampling: temperature and so on, and ``max_tokens``.
-        eos_id: the id that ends the generation, if any.
+        eos_id: the id, or ids, that end the generation, if any.
         vocab_size: ids from this one on are never drawn: an embedding may have more rows than the tokenizer has ids.
         segment: prompt tokens per forward pass.
         state: continue from this state (batch size 1), which is updated; a new one where None.
@@ -77,13 +79,14 @@ def generate_tokens(
         raise ValueError("prompt: expected at least one token, got none; begin with the end-of-document token")
     if segment < 1:
         raise ValueError(f"segment: expected at least 1 token, got {segment}")
+    ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
     return _generate(
-        model, prompt, sampling, eos_id, vocab_size, segment, model.make_state(1) if state is None else state
+        model, prompt, sampling, ends, vocab_size, segment, model.make_state(1) if state is None else state
     )
 
 
 def _generate(
-    model: KimiLinear, prompt: list[int], sampling: SamplingConfig, eos_id: int | None, vocab_size: int | None,
+    model: KimiLinear, prompt: list[int], sampling: SamplingConfig, ends: frozenset[int], vocab_size: int | None,
     segment: int, state: ModelState,
 ) -> Iterator[int]:  # fmt: skip
     if sampling.max_tokens == 0:
@@ -100,7 +103,7 @@ def _generate(
         last = sample(logits, sampling, generator)[:, None]
         token = int(last)
         yield token
-        if token == eos_id or step == sampling.max_tokens - 1:
+        if token in ends or step == sampling.max_tokens - 1:
             return
 
 
@@ -132,7 +135,7 @@ class TextStream(Iterator[str]):
 def stream(
     model: KimiLinear,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_tokens: int = 64,
     temperature: float = 0.8,
@@ -143,13 +146,14 @@ def stream(
 ) -> TextStream:
     """Generate text that continues ``prompt``, piece by piece.
 
-    A character is never split, and a stop string never shown in part. The end-of-document token ends the text. An
-    empty prompt begins a new document.
+    A character is never split, and a stop string never shown in part. The text ends at the tokenizer's ``end_ids`` and at
+    the ``eos_token_id`` of the model's configuration. An empty prompt begins a new document.
 
     Args:
         model: the model, on its own device.
         tokenizer: the one that the model was trained with.
-        prompt: text to continue; it is not part of the output.
+        prompt: text to continue, or ids, such as ``ChatFormat(tokenizer).encode(messages)``; it is not part of the output.
+            Text is only text: control tokens spelled out in it are not those tokens (``tokenizer.encode`` has a switch).
         max_tokens: most tokens to generate.
         temperature: divides the logits; 0 is greedy.
         top_k: draw from the k likeliest tokens only.
@@ -168,12 +172,8 @@ def stream(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         stop=stop if isinstance(stop, str) else tuple(stop),  # type: ignore[arg-type]  # refused with a clear message
     )  # fmt: skip
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: expected at most the model's {model.config.vocab_size} ids, got {tokenizer.vocab_size}; "
-            "it belongs to another model"
-        )
-    ids = tokenizer.encode(prompt)
+    check_tokenizer(model, tokenizer)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         if tokenizer.eos_id is None:
             raise ValueError("prompt: expected some text, got none, and this tokenizer has no token to begin with")
@@ -182,16 +182,29 @@ def stream(
     return TextStream(_stream(model, tokenizer, ids, sampling, stats), stats)
 
 
-def _stream(
-    model: KimiLinear, tokenizer: Tokenizer, prompt: list[int], sampling: SamplingConfig, stats: GenerationStats
-) -> Iterator[str]:
-    state = model.make_state(1)
-    tokens = generate_tokens(
-        model, prompt, sampling, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, state=state
-    )
-    decoder, matcher = tokenizer.decoder(), StopMatcher(sampling.stop)
+def check_tokenizer(model: KimiLinear, tokenizer: Tokenizer) -> None:
+    """Raises ``ValueError`` for a tokenizer with more ids than the model has."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected at most the model's {model.config.vocab_size} ids, got {tokenizer.vocab_size}; "
+            "it belongs to another model"
+        )
+
+
+def draw(
+    model: KimiLinear,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    stats: GenerationStats,
+    state: ModelState,
+) -> Iterator[int]:
+    """``generate_tokens``, without the end token, and with ``stats`` kept up to date; the caller's time is not counted."""
+    ends = tokenizer.end_ids
+    if model.config.eos_token_id is not None:
+        ends = ends | {model.config.eos_token_id}
+    tokens = generate_tokens(model, prompt, sampling, eos_id=ends, vocab_size=tokenizer.vocab_size, state=state)
     since = time.perf_counter()
-    reason: FinishReason = "length"
     for token in tokens:
         now = time.perf_counter()
         if stats.generated_tokens == 0:
@@ -200,18 +213,28 @@ def _stream(
             stats.decode_seconds += now - since
         stats.generated_tokens += 1
         stats.state_bytes = state.nbytes()
-        if token == tokenizer.eos_id:
-            reason = "eos"
-            break
+        if token in ends:
+            stats.finish_reason = "eos"
+            return
+        yield token
+        since = time.perf_counter()
+    stats.finish_reason = "length"
+
+
+def _stream(
+    model: KimiLinear, tokenizer: Tokenizer, prompt: list[int], sampling: SamplingConfig, stats: GenerationStats
+) -> Iterator[str]:
+    decoder, matcher = tokenizer.decoder(), StopMatcher(sampling.stop)
+    for token in draw(model, tokenizer, prompt, sampling, stats, model.make_state(1)):
         piece = matcher.push(decoder.push(token))
         if piece:
             yield piece
         if matcher.stopped:
-            break
-        # What the reader does between two pieces is no part of the rate.
-        since = time.perf_counter()
-    rest = "" if matcher.stopped else matcher.push(decoder.finish())
+            stats.finish_reason = "stop"
+            return
+    rest = matcher.push(decoder.finish())
     rest += "" if matcher.stopped else matcher.finish()
-    stats.finish_reason = "stop" if matcher.stopped else reason
+    if matcher.stopped:
+        stats.finish_reason = "stop"
     if rest:
         yield rest
