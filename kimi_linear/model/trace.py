@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kimi_linear.model.kda import KDA
 from kimi_linear.model.linear_mixer import wide
 from kimi_linear.ops.contract import log_decay
-from kimi_linear.ops.kda import l2_normalize
+from kimi_linear.ops.norm import l2_normalize
 from kimi_linear.reference.kda import kda_step
 from kimi_linear.reference.sequences import by_token, over_sequences
 

@@ -2,12 +2,12 @@
 
 from kimi_linear.ops.contract import BoundedGate, Gate, Impl, KDAOutput, SoftplusGate, log_decay
 from kimi_linear.ops.dispatch import AVAILABLE, Choice, OpFacts, choose_impl
-from kimi_linear.ops.kda import chunk_kda, l2_normalize, recurrent_kda
+from kimi_linear.ops.kda import chunk_kda, recurrent_kda
 from kimi_linear.ops.linear_attention import chunk_gdn, chunk_mamba2, recurrent_gdn, recurrent_mamba2
 from kimi_linear.ops.mla import mla_absorbed, mla_attention, rotary
 from kimi_linear.ops.moe import Routing, moe_experts, route, swiglu
-from kimi_linear.ops.norm import gated_rms_norm, rms_norm
-from kimi_linear.ops.short_conv import ConvOutput, short_conv
+from kimi_linear.ops.norm import gated_rms_norm, l2_normalize, rms_norm
+from kimi_linear.ops.short_conv import ConvOutput, QKVConvOutput, short_conv, short_conv_qkv
 
 __all__ = [
     "AVAILABLE",
@@ -18,6 +18,7 @@ __all__ = [
     "Impl",
     "KDAOutput",
     "OpFacts",
+    "QKVConvOutput",
     "Routing",
     "SoftplusGate",
     "choose_impl",
@@ -37,5 +38,6 @@ __all__ = [
     "rotary",
     "route",
     "short_conv",
+    "short_conv_qkv",
     "swiglu",
 ]

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kimi_linear.ops.autocast import outside_autocast
-from kimi_linear.ops.contract import NORM_EPS, BoundedGate, Gate, Impl, KDAOutput, gate_values, log_decay
+from kimi_linear.ops.contract import BoundedGate, Gate, Impl, KDAOutput, gate_values, log_decay
 from kimi_linear.ops.dispatch import OpFacts, choose_impl
+from kimi_linear.ops.norm import l2_normalize
 from kimi_linear.ops.validation import check_kda
 
 
@@ -135,13 +136,6 @@ def _triton_chunk_kda(
     return KDAOutput(
         *run(q, k, v, raw, A_log, dt_bias, lower_bound, beta, scale, normalize_qk, initial_state, cu_seqlens)
     )
-
-
-def l2_normalize(x: Float[Tensor, "*shape D"], eps: float = NORM_EPS) -> Float[Tensor, "*shape D"]:
-    """``x * rsqrt(sum(x**2, -1) + eps)`` over the last dim, computed in fp32 for 16-bit inputs, in x's dtype."""
-    from kimi_linear.kernels.torch.l2norm import L2Norm
-
-    return L2Norm.apply(x, eps)  # type: ignore[return-value]
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

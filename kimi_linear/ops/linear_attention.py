@@ -17,7 +17,7 @@ from torch import Tensor
 from kimi_linear.ops.autocast import outside_autocast
 from kimi_linear.ops.contract import Impl, KDAOutput
 from kimi_linear.ops.dispatch import OpFacts, choose_impl
-from kimi_linear.ops.kda import l2_normalize
+from kimi_linear.ops.norm import l2_normalize
 from kimi_linear.ops.validation import check_scalar_gate
 
 if TYPE_CHECKING:

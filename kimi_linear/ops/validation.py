@@ -223,8 +223,9 @@ def check_choice(name: str, value: object, options: tuple[str, ...]) -> None:
 
 
 def check_short_conv(
-    x: Tensor, weight: Tensor, activation: str, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
+    x: Tensor, weight: Tensor, activation: str, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """All inputs of ``short_conv``."""
     check_choice("activation", activation, ("silu", "none"))
     check_ndim("x", x, 3, "B, T, D")
@@ -235,6 +236,10 @@ def check_short_conv(
             "a checkpoint's [D, 1, W] is squeezed with weight.squeeze(1)"
         )
     check_device("weight", weight, "x", x.device)
+    if bias is not None:
+        check_float("bias", bias)
+        check_shape("bias", bias, (x.shape[2],), "D")
+        check_device("bias", bias, "x", x.device)
     sequences = x.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
@@ -243,6 +248,23 @@ def check_short_conv(
         check_float("initial_state", initial_state)
         check_shape("initial_state", initial_state, (sequences, x.shape[2], weight.shape[1] - 1), "N, D, W-1")
         check_device("initial_state", initial_state, "x", x.device)
+
+
+def check_widths(name: str, widths: tuple[int, ...], x: Tensor) -> None:
+    """Widths of q, k and v: three numbers >= 1 that add up to the last dim of x."""
+    if len(widths) != 3 or any(width < 1 for width in widths) or sum(widths) != x.shape[-1]:
+        raise ValueError(
+            f"{name}: expected (Dq, Dk, Dv), each >= 1, with the sum D == {x.shape[-1]} of x's channels, got {tuple(widths)}"
+        )
+
+
+def check_l2_normalize(x: Tensor, eps: float) -> None:
+    """All inputs of ``l2_normalize``."""
+    check_float("x", x)
+    if x.ndim == 0:
+        raise ValueError("x: expected shape [..., D], got a number")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
 
 
 def check_rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:

@@ -19,8 +19,9 @@ BLOCK_ELEMENTS = 1 << 18  # 1 MiB in fp32; measured: 2^16 11.5 ms, 2^17 9.4, 2^1
 
 
 def short_conv(
-    x: Tensor, weight: Tensor, silu: bool, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, silu: bool, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output [B, T, D], final_state [N, D, W-1]). Shapes as ``kimi_linear.ops.short_conv``."""
     (batch, tokens, width), before = x.shape, weight.shape[1] - 1
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -29,7 +30,7 @@ def short_conv(
     history = initial_state.to(x.dtype).mT
     if cu_seqlens is None:
         padded = torch.cat([history, x], dim=1)
-        return _ShortConv.apply(padded, weight, silu), padded[:, tokens:].mT.contiguous()
+        return _ShortConv.apply(padded, weight, bias, silu), padded[:, tokens:].mT.contiguous()
     bounds = cu_seqlens.to(torch.long)
     shift = before * torch.arange(sequences, device=x.device)
     ahead = torch.arange(before, device=x.device)
@@ -42,39 +43,44 @@ def short_conv(
     final_state = padded[(bounds[1:] + shift)[:, None] + ahead].mT.contiguous()
     if tokens == 0:
         return torch.zeros_like(x), final_state
-    return _ShortConv.apply(padded[None], weight, silu)[:, places], final_state
+    return _ShortConv.apply(padded[None], weight, bias, silu)[:, places], final_state
 
 
 class _ShortConv(torch.autograd.Function):
-    """padded [B, T+W-1, D], weight [D, W] -> [B, T, D]; fp32 inside for 16-bit inputs, the sums made again backward."""
+    """padded [B, T+W-1, D], weight [D, W], bias [D] or None -> [B, T, D]; fp32 inside for 16-bit inputs, the sums made again backward."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, padded, weight, silu):  # type: ignore[override]
+    def forward(ctx: FunctionCtx, padded, weight, bias, silu):  # type: ignore[override]
         ctx.silu = silu  # type: ignore[attr-defined]
-        ctx.save_for_backward(padded, weight)
+        ctx.save_for_backward(padded, weight, bias)
         batch, length, width = padded.shape
         output = padded.new_empty(batch, length - weight.shape[1] + 1, width)
         taps = _taps(weight, padded)
         for rows, start, stop in _blocks(output):
-            sums = _sums(padded[rows], taps, start, stop)
+            sums = _sums(padded[rows], taps, bias, start, stop)
             output[rows, start:stop] = F.silu(sums, inplace=True) if silu else sums
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_output):  # type: ignore[override]
-        padded, weight = ctx.saved_tensors
+        padded, weight, bias = ctx.saved_tensors
         taps = _taps(weight, padded)
         d_padded, d_taps = torch.zeros_like(padded, dtype=taps.dtype), torch.zeros_like(taps)
+        d_bias = None if bias is None else taps.new_zeros(bias.shape)
         for rows, start, stop in _blocks(d_output):
             x, d_sums = padded[rows].to(taps.dtype), d_output[rows, start:stop].to(taps.dtype)
-            sums = _sums(x, taps, start, stop)
+            sums = _sums(x, taps, bias, start, stop)
             if ctx.silu:
                 d_sums = torch.ops.aten.silu_backward(d_sums, sums)
+            if d_bias is not None:
+                d_bias += d_sums.sum((0, 1))
             for w, tap in enumerate(taps):
                 d_padded[rows, start + w : stop + w].addcmul_(d_sums, tap)
                 d_taps[w] += torch.mul(d_sums, x[:, start + w : stop + w], out=sums).sum((0, 1))
-        return d_padded.to(padded.dtype), d_taps.mT.to(weight.dtype), None
+        if d_bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+        return d_padded.to(padded.dtype), d_taps.mT.to(weight.dtype), d_bias, None
 
 
 def _taps(weight: Tensor, x: Tensor) -> Tensor:
@@ -82,12 +88,12 @@ def _taps(weight: Tensor, x: Tensor) -> Tensor:
     return weight.mT.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
-def _sums(x: Tensor, taps: Tensor, start: int, stop: int) -> Tensor:
+def _sums(x: Tensor, taps: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
     """Outputs ``start:stop`` before the activation: [B, T+W-1, D] -> [B, stop-start, D]."""
     total = x[:, start:stop] * taps[0]
     for w in range(1, len(taps)):
         total.addcmul_(x[:, start + w : stop + w].to(taps.dtype), taps[w])
-    return total
+    return total if bias is None else total.add_(bias)
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
