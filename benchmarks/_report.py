@@ -1,20 +1,35 @@
-"""Writes a benchmark's result as one Markdown page: what, where, how to repeat it, and the table.
+"""Writes a benchmark's result as one Markdown page: what, where, how to repeat it, and the tables.
 
-Run the benchmarks from the repository root as modules, such as ``python -m benchmarks.model.train_speed``.
+Run the benchmarks from the repository root as modules, such as ``python -m benchmarks.model.train_speed``. A long one
+calls ``write_page`` after every row, so that a run which is cut short leaves what it had.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import json
+import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kimi_linear.studies.report.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One table of a page, with a heading and words above it; either may be empty."""
+
+    title: str = ""
+    about: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[object]] = ()
 
 
 def write_report(
@@ -43,28 +58,65 @@ def write_report(
     Returns:
         Path of the page.
     """
-    if any(len(row) != len(columns) for row in rows):
-        raise ValueError(f"rows: expected {len(columns)} cells each, got {[len(row) for row in rows]}")
-    machine = this_machine(device)
-    today = datetime.date.today().isoformat()
-    lines = [
-        f"# {title}",
-        "",
-        about,
-        "",
-        *_table(columns, rows),
-        "",
+    table = Section(columns=columns, rows=rows)
+    path = write_page(name, title=title, about=about, sections=[table], device=device, packages=packages, folder=folder)
+    print(path.read_text(encoding="utf-8"), f"\nwritten to {path}")
+    return path
+
+
+def write_page(
+    name: str,
+    *,
+    title: str,
+    about: str,
+    sections: Sequence[Section],
+    data: object = None,
+    device: str = "cpu",
+    packages: Sequence[str] = (),
+    folder: Path = RESULTS,
+) -> Path:
+    """Writes a page of several tables, and the raw numbers beside it; to be called again as they come.
+
+    Args:
+        sections: the tables in order; one without rows is left out.
+        data: what ``<name>_<hardware>_<date>.json`` holds under "results", beside the machine, versions, date and command;
+            no such file where None.
+        name, title, about, device, packages, folder: as ``write_report``.
+
+    Returns:
+        Path of the page. A reader never sees half a file: each is replaced as a whole.
+    """
+    for section in sections:
+        if any(len(row) != len(section.columns) for row in section.rows):
+            raise ValueError(f"rows: expected {len(section.columns)} cells each, got {[len(r) for r in section.rows]}")
+    machine, today = this_machine(device), datetime.date.today().isoformat()
+    versions = {package: _version(package) for package in packages}
+    lines = [f"# {title}", "", about, ""]
+    for section in sections:
+        if section.rows:
+            heading = [f"## {section.title}", ""] if section.title else []
+            words = [section.about, ""] if section.about else []
+            lines += [*heading, *words, *_table(section.columns, section.rows), ""]
+    lines += [
         f"- Hardware: {machine.hardware}, {machine.cores} physical cores, {machine.threads} threads, device {machine.device}",
         f"- System: {machine.system}, Python {machine.python}, torch {machine.torch}, kimi_linear {machine.kimi_linear}"
-        + "".join(f", {package} {_version(package)}" for package in packages),
+        + "".join(f", {package} {number}" for package, number in versions.items()),
         f"- Date: {today}",
         f"- Command: `{command()}`",
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}_{slug(machine.hardware)}_{today}.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines), f"\nwritten to {path}")
+    _replace(path, "\n".join(lines) + "\n")
+    if data is not None:
+        facts = {"machine": dataclasses.asdict(machine), "versions": versions, "date": today, "command": command()}
+        _replace(path.with_suffix(".json"), json.dumps(facts | {"results": data}, indent=1) + "\n")
     return path
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def command() -> str:

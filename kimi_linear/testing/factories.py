@@ -79,9 +79,28 @@ class KDAInputs:
         """The same values in another floating dtype; ``torch.float64`` gives the exact reference its inputs."""
         return self._map(lambda x: x.to(dtype))
 
-    def with_grad(self) -> KDAInputs:
-        """The same values as fresh leaves that require a gradient."""
-        return self._map(lambda x: x.detach().clone().requires_grad_())
+    def with_grad(self, *, clone: bool = True) -> KDAInputs:
+        """The same values as fresh leaves that require a gradient; without ``clone`` they share their memory."""
+        return self._map(lambda x: (x.detach().clone() if clone else x.detach()).requires_grad_())
+
+    def heads(self, keys: Sequence[int]) -> KDAInputs:
+        """Copies of some key heads with every value head that reads them: a part that an exact reference can afford."""
+        repeat = self.v.shape[2] // self.q.shape[2]
+        values = [repeat * key + i for key in keys for i in range(repeat)]
+        gate: Gate = self.gate
+        if isinstance(gate, Tensor):
+            gate = gate[:, :, values]
+        else:
+            gate = replace(gate, x=gate.x[:, :, values], A_log=gate.A_log[values], dt_bias=gate.dt_bias[values])
+        return replace(
+            self,
+            q=self.q[:, :, list(keys)],
+            k=self.k[:, :, list(keys)],
+            v=self.v[:, :, values],
+            gate=gate,
+            beta=self.beta[:, :, values],
+            initial_state=self.initial_state[:, values],
+        )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> KDAInputs:
         gate = self.gate
@@ -115,9 +134,10 @@ def kda_inputs(
     lengths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    drawn_on: torch.device | str = "cpu",
     seed: int = 0,
 ) -> KDAInputs:
-    """Random inputs, the same on every machine for the same arguments.
+    """Random inputs, the same on every machine for the same arguments where they are drawn on the CPU.
 
     Args:
         batch, tokens, heads, v_heads, key_dim, value_dim: B, T, H, HV (H where None), K, V (K where None).
@@ -128,7 +148,9 @@ def kda_inputs(
         lengths: lengths of packed sequences, 0 allowed, summing to ``tokens``; needs ``batch == 1``.
         dtype: of q, k, v and a raw gate's x. beta, the log-decay, the gate's parameters and the state are fp32, or
             fp64 where this is.
-        device: where the tensors go; they are drawn on the CPU.
+        device: where the tensors go.
+        drawn_on: device of the random generator. On the CPU the draw is in fp64, and takes minutes for 10^9 numbers;
+            elsewhere it is in fp32, and other than the CPU's.
         seed: of the generator.
 
     Raises:
@@ -142,10 +164,10 @@ def kda_inputs(
             f"got {list(lengths)} and batch == {batch}"
         )
     v_heads, value_dim = v_heads or heads, value_dim or key_dim
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(drawn_on).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float64)
+        return torch.randn(shape, generator=random, device=random.device, dtype=_draw_dtype(random))
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q, k = normal(batch, tokens, heads, key_dim), normal(batch, tokens, heads, key_dim)
@@ -171,22 +193,28 @@ def kda_inputs(
     )
 
 
+def _draw_dtype(random: torch.Generator) -> torch.dtype:
+    """fp64 on a CPU, so that every dtype rounds the same values; fp32 elsewhere, for half the memory and time."""
+    return torch.float64 if random.device.type == "cpu" else torch.float32
+
+
 def _gate_parameters(
     kind: GateKind, shape: tuple[int, int, int, int], random: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, T, HV, K], A [HV] and dt_bias [HV, K] in fp64."""
+    """x [B, T, HV, K], A [HV] and dt_bias [HV, K], on the generator's device."""
     tokens, heads, key_dim = shape[1:]
-    x = torch.randn(shape, generator=random, dtype=torch.float64)
-    A = 1 + 15 * torch.rand(heads, generator=random, dtype=torch.float64)
+    device, dtype = random.device, _draw_dtype(random)
+    x = torch.randn(shape, generator=random, device=device, dtype=dtype)
+    A = 1 + 15 * torch.rand(heads, generator=random, device=device, dtype=dtype)
     if kind in ("init", "bounded"):
         low, high = math.log(1e-3), math.log(1e-1)
-        dt = (low + (high - low) * torch.rand(heads, key_dim, generator=random, dtype=torch.float64)).exp()
+        dt = (low + (high - low) * torch.rand(heads, key_dim, generator=random, device=device, dtype=dtype)).exp()
         bias = dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
         return x, torch.ones_like(A) if kind == "bounded" else A, bias
     if kind == "fast":
-        return x, A, torch.full((heads, key_dim), FAST_BIAS, dtype=torch.float64)
+        return x, A, torch.full((heads, key_dim), FAST_BIAS, device=device, dtype=dtype)
     A = torch.full_like(A, 16.0)
-    bias = torch.tensor(STRESS_BIAS, dtype=torch.float64).repeat(-(-key_dim // 3))[:key_dim].repeat(heads, 1)
+    bias = torch.tensor(STRESS_BIAS, device=device, dtype=dtype).repeat(-(-key_dim // 3))[:key_dim].repeat(heads, 1)
     bias[:, -1] = STRESS_BIAS[-1]
     if kind == "stress":
         start = max(0, tokens - 17) // 2
@@ -194,8 +222,8 @@ def _gate_parameters(
         x[:, start + 16 : start + 17, :, -1] = STRESS_STEP
         return x, A, bias
     # Runs of 1 to 8 tokens, strong and quiet in turn, at other places in every channel.
-    length = torch.randint(1, 9, (1, 1, heads, key_dim), generator=random)
-    shift = torch.randint(0, 16, (1, 1, heads, key_dim), generator=random)
-    position = torch.arange(tokens)[None, :, None, None]
+    length = torch.randint(1, 9, (1, 1, heads, key_dim), generator=random, device=device)
+    shift = torch.randint(0, 16, (1, 1, heads, key_dim), generator=random, device=device)
+    position = torch.arange(tokens, device=device)[None, :, None, None]
     quiet = (position + shift) // length % 2 == 1
     return torch.where(quiet, MIXED_QUIET, x), A, bias

@@ -105,6 +105,35 @@ def test_to_keeps_the_rounded_values():
     assert torch.equal(wide.k.bfloat16(), inputs.k)
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_some_heads_alone_are_those_heads_of_all(raw):
+    inputs = kda_inputs(1, 33, 3, 6, 8, raw=raw, lengths=[13, 20], dtype=torch.float64)
+    whole, part = (
+        chunk_kda(*i.positional(), initial_state=i.initial_state, cu_seqlens=i.cu_seqlens, impl="reference")
+        for i in (inputs, inputs.heads([0, 2]))
+    )
+    torch.testing.assert_close(part.output, whole.output[:, :, [0, 1, 4, 5]], rtol=0, atol=0)
+    torch.testing.assert_close(part.final_state, whole.final_state[:, [0, 1, 4, 5]], rtol=0, atol=0)
+
+
+def test_leaves_share_memory_only_where_asked():
+    inputs = kda_inputs()
+    assert inputs.with_grad(clone=False).q.data_ptr() == inputs.q.data_ptr()
+    assert inputs.with_grad().q.data_ptr() != inputs.q.data_ptr()
+    assert not inputs.q.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_inputs_drawn_on_a_gpu_have_the_same_distribution(gate):
+    here, there = (
+        kda_inputs(1, 512, 64, None, 64, gate=gate, drawn_on=device, device=device).log_decay.cpu()
+        for device in ("cpu", "cuda")
+    )
+    assert there.mean().item() == pytest.approx(here.mean().item(), rel=0.35)  # A of 64 heads: a mean's error of 6 %
+    assert gate != "stress" or worst_sum(there) < -766
+
+
 def test_bad_arguments_say_what_was_expected():
     with pytest.raises(ValueError, match="gate: expected one of init, fast"):
         kda_inputs(gate="mild")
