@@ -19,7 +19,7 @@ from kimi_linear.model.state import KDAState
 from kimi_linear.ops.contract import BoundedGate, Impl, KDAOutput, SoftplusGate
 from kimi_linear.ops.dispatch import AVAILABLE
 from kimi_linear.ops.norm import gated_rms_norm
-from kimi_linear.ops.short_conv import short_conv
+from kimi_linear.ops.short_conv import short_conv, short_conv_qkv
 
 RECURRENT_TOKENS = 16
 """With a state, up to this many tokens go one by one; more go in chunks, with the same result."""
@@ -126,23 +126,33 @@ class LinearMixer(KeepsFP32):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k, v [B, T, HV, V] after convolution and SiLU, and the convolution's new window."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        # A projection that somebody replaced, by an adapter say, has a forward of its own to run.
-        if x.shape[0] * x.shape[1] > FUSED_TOKENS and all(type(projection) is Linear for projection in projections):
-            mixed = F.linear(x, torch.cat([projection.weight for projection in projections]))
+        window = None if state is None else state.conv
+        if x.is_cuda and self.shape.conv_size:
+            # Three products, and one kernel that convolves all three where they lie: no weight or result is joined.
+            q, k, v = (projection(x) for projection in projections)
+            taps = (self.q_conv1d.weight[:, 0], self.k_conv1d.weight[:, 0], self.v_conv1d.weight[:, 0])
+            q, k, v, window = short_conv_qkv(q, k, v, taps, initial_state=window, cu_seqlens=cu_seqlens)
         else:
-            mixed = torch.cat([projection(x) for projection in projections], dim=-1)
-        if self.shape.conv_size:
-            # One convolution over all channels: it is depthwise, so q, k and v still do not mix.
-            taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0]
-            window = None if state is None else state.conv
-            mixed, window = short_conv(mixed, taps, initial_state=window, cu_seqlens=cu_seqlens)
-        else:
-            window = mixed.new_zeros(x.shape[0], mixed.shape[-1], 0)
-            mixed = F.silu(mixed)
-        q, k, v = mixed.split([self.key_width, self.key_width, self.value_width], dim=-1)
+            mixed = self._joined(x, projections)
+            if self.shape.conv_size:
+                # One convolution over all channels: it is depthwise, so q, k and v still do not mix.
+                taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0]
+                mixed, window = short_conv(mixed, taps, initial_state=window, cu_seqlens=cu_seqlens)
+            else:
+                window = mixed.new_zeros(x.shape[0], mixed.shape[-1], 0)
+                mixed = F.silu(mixed)
+            q, k, v = mixed.split([self.key_width, self.key_width, self.value_width], dim=-1)
         key_shape = (self.shape.num_heads, self.shape.head_dim)
         value_shape = (self.shape.value_heads, self.shape.value_dim)
         return q.unflatten(-1, key_shape), k.unflatten(-1, key_shape), v.unflatten(-1, value_shape), window
+
+    @staticmethod
+    def _joined(x: Tensor, projections: tuple[nn.Module, ...]) -> Tensor:
+        """All three projections side by side [B, T, 2*H*K + HV*V]."""
+        # A projection that somebody replaced, by an adapter say, has a forward of its own to run.
+        if x.shape[0] * x.shape[1] > FUSED_TOKENS and all(type(projection) is Linear for projection in projections):
+            return F.linear(x, torch.cat([projection.weight for projection in projections]))  # type: ignore[arg-type]
+        return torch.cat([projection(x) for projection in projections], dim=-1)
 
     def parameterised_gate(self, raw: Float[Tensor, "B T HV C"]) -> SoftplusGate | BoundedGate:
         """The gate that the configuration asks for, from its raw projection."""

@@ -224,22 +224,22 @@ def check_choice(name: str, value: object, options: tuple[str, ...]) -> None:
 
 def check_short_conv(
     x: Tensor, weight: Tensor, activation: str, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None = None,
+    bias: Tensor | None = None, *, name: str = "x", weight_name: str = "weight",
 ) -> None:  # fmt: skip
-    """All inputs of ``short_conv``."""
+    """All inputs of ``short_conv``; ``name`` and ``weight_name`` are what the caller calls the first two."""
     check_choice("activation", activation, ("silu", "none"))
-    check_ndim("x", x, 3, "B, T, D")
-    check_float("weight", weight)
+    check_ndim(name, x, 3, "B, T, D")
+    check_float(weight_name, weight)
     if weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
         raise ValueError(
-            f"weight: expected shape [{x.shape[2]}, W] (D, W), got {shape_of(weight)}; "
+            f"{weight_name}: expected shape [{x.shape[2]}, W] (D, W), got {shape_of(weight)}; "
             "a checkpoint's [D, 1, W] is squeezed with weight.squeeze(1)"
         )
-    check_device("weight", weight, "x", x.device)
+    check_device(weight_name, weight, name, x.device)
     if bias is not None:
         check_float("bias", bias)
         check_shape("bias", bias, (x.shape[2],), "D")
-        check_device("bias", bias, "x", x.device)
+        check_device("bias", bias, name, x.device)
     sequences = x.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
@@ -247,15 +247,28 @@ def check_short_conv(
     if initial_state is not None:
         check_float("initial_state", initial_state)
         check_shape("initial_state", initial_state, (sequences, x.shape[2], weight.shape[1] - 1), "N, D, W-1")
-        check_device("initial_state", initial_state, "x", x.device)
+        check_device("initial_state", initial_state, name, x.device)
 
 
-def check_widths(name: str, widths: tuple[int, ...], x: Tensor) -> None:
-    """Widths of q, k and v: three numbers >= 1 that add up to the last dim of x."""
-    if len(widths) != 3 or any(width < 1 for width in widths) or sum(widths) != x.shape[-1]:
-        raise ValueError(
-            f"{name}: expected (Dq, Dk, Dv), each >= 1, with the sum D == {x.shape[-1]} of x's channels, got {tuple(widths)}"
-        )
+def check_short_conv_qkv(
+    parts: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, Tensor, Tensor], activation: str,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    """All inputs of ``short_conv_qkv``: each part as for ``short_conv``, all alike, and a state of all channels."""
+    q, q_weight = parts[0], weights[0]
+    width = 0
+    for name, x, weight in zip("qkv", parts, weights, strict=True):
+        check_short_conv(x, weight, activation, None, cu_seqlens, name=name, weight_name=f"weights ({name})")
+        check_shape(name, x, (*q.shape[:2], x.shape[2]), f"B, T, D{name}, as q")
+        check_like(name, x, "q", q)
+        check_like(f"weights ({name})", weight, "weights (q)", q_weight)
+        check_shape(f"weights ({name})", weight, (x.shape[2], q_weight.shape[1]), f"D{name}, W, as q's")
+        width += x.shape[2]
+    if initial_state is not None:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        check_float("initial_state", initial_state)
+        check_shape("initial_state", initial_state, (sequences, width, q_weight.shape[1] - 1), "N, Dq+Dk+Dv, W-1")
+        check_device("initial_state", initial_state, "q", q.device)
 
 
 def check_l2_normalize(x: Tensor, eps: float) -> None:

@@ -11,8 +11,8 @@ tile, [tiles, W (+ 1), D], and are summed in a fixed order by ``column_sum``.
 Tiles of packed sequences need no table: sequence n begins at tile cu_seqlens[n] // BT + n, which leaves each at least the
 tiles that it needs, and at most one spare. So T // BT + N tiles in all, known without reading cu_seqlens.
 
-The outputs (and dy) may be three tensors of their own, the channels of q, k and v: a fused projection goes in and three
-dense tensors come out, in one launch, and no gradient has to be joined on the way back.
+x, weight and y may be three tensors each, the channels of q, k and v in three parts: one launch convolves all three
+projections of a layer, and nothing is joined or split in memory, forward or backward. State and dweight are of all channels.
 
 Grid: tiles x channel blocks in one dimension, channels fastest, so that neighbours read neighbouring memory.
 """
@@ -20,6 +20,7 @@ Grid: tiles x channel blocks in one dimension, channels fastest, so that neighbo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,9 +67,17 @@ def channels_of(block, width, width0, width1, PARTS: tl.constexpr, BD: tl.conste
 
 
 @triton.jit
-def input_at(x, state, n, t, first, channel, live, stride_x, width, W: tl.constexpr, HAS_STATE: tl.constexpr):
+def part_of(part, first, second, third, PARTS: tl.constexpr):
+    """The pointer or number that belongs to a part."""
+    if PARTS == 1:
+        return first
+    return tl.where(part == 2, third, tl.where(part == 1, second, first))
+
+
+@triton.jit
+def input_at(x, state, n, t, first, local, channel, live, stride_x, width, W: tl.constexpr, HAS_STATE: tl.constexpr):
     """Input [BD] at token t >= first - W + 1: from x, or before the sequence from its initial state, as x would hold it."""
-    value = tl.load(x + t * stride_x + channel, live & (t >= first), 0.0)
+    value = tl.load(x + t * stride_x + local, live & (t >= first), 0.0)
     if HAS_STATE:
         at = (n * width + channel) * (W - 1) + (t - first + W - 1)
         old = tl.load(state + at, live & (t < first), 0.0).to(x.dtype.element_ty)
@@ -77,17 +86,18 @@ def input_at(x, state, n, t, first, channel, live, stride_x, width, W: tl.conste
 
 
 @triton.jit
-def taps_of(weight, channel, live, W: tl.constexpr):
+def taps_of(weight, local, live, W: tl.constexpr):
     """The W taps [BD] in fp32."""
     taps = ()
     for w in tl.static_range(W):
-        taps += (tl.load(weight + channel * W + w, live, 0.0).to(tl.float32),)
+        taps += (tl.load(weight + local * W + w, live, 0.0).to(tl.float32),)
     return taps
 
 
 @triton.jit(do_not_specialize=["tokens", "num_sequences"])
 def forward_kernel(
-    x, weight, bias, state, cu_seqlens, y0, y1, y2, final, tokens, num_sequences, blocks, stride_x, width, width0, width1,
+    x0, x1, x2, w0, w1, w2, bias, state, cu_seqlens, y0, y1, y2, final,
+    tokens, num_sequences, blocks, stride_x0, stride_x1, stride_x2, width, width0, width1,
     W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, PACKED: tl.constexpr,
     PARTS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
@@ -99,24 +109,22 @@ def forward_kernel(
     part, before, own_width, own_start = channels_of(block, width, width0, width1, PARTS, BD)
     local = own_start + tl.arange(0, BD)
     live, channel = local < own_width, before + local
-    if PARTS == 1:
-        y = y0
-    else:
-        y = tl.where(part == 2, y2, tl.where(part == 1, y1, y0))
-    taps = taps_of(weight, channel, live, W)
+    x, y = part_of(part, x0, x1, x2, PARTS), part_of(part, y0, y1, y2, PARTS)
+    stride_x = part_of(part, stride_x0, stride_x1, stride_x2, PARTS)
+    taps = taps_of(part_of(part, w0, w1, w2, PARTS), local, live, W)
     if HAS_BIAS:
         origin = tl.load(bias + channel, live, 0.0).to(tl.float32)
     else:
         origin = tl.zeros([BD], tl.float32)
     window = ()
     for j in tl.static_range(W - 1):
-        old = input_at(x, state, n, start - (W - 1) + j, first, channel, live, stride_x, width, W, HAS_STATE)
+        old = input_at(x, state, n, start - (W - 1) + j, first, local, channel, live, stride_x, width, W, HAS_STATE)
         window += (old.to(tl.float32),)
     count = tl.minimum(stop - start, BT).to(tl.int32)
     from_x, to_y = x + start * stride_x, y + start * own_width
     for i in range(0, count, U):
         for u in tl.static_range(U):
-            now = tl.load(from_x + (i + u) * stride_x + channel, live & (i + u < count), 0.0)
+            now = tl.load(from_x + (i + u) * stride_x + local, live & (i + u < count), 0.0)
             window += (now.to(tl.float32),)
         for u in tl.static_range(U):
             z = origin
@@ -128,14 +136,15 @@ def forward_kernel(
         window = window[U:]
     if start + BT >= stop:
         for j in tl.static_range(W - 1):
-            last = input_at(x, state, n, stop - (W - 1) + j, first, channel, live, stride_x, width, W, HAS_STATE)
+            last = input_at(x, state, n, stop - (W - 1) + j, first, local, channel, live, stride_x, width, W, HAS_STATE)
             tl.store(final + (n * width + channel) * (W - 1) + j, last, live)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_sequences"])
 def backward_kernel(
-    x, weight, bias, state, cu_seqlens, dy0, dy1, dy2, dfinal, dx, dstate, partial,
-    tokens, num_sequences, blocks, stride_x, stride_dy0, stride_dy1, stride_dy2, width, width0, width1,
+    x0, x1, x2, w0, w1, w2, bias, state, cu_seqlens, dy0, dy1, dy2, dfinal, dx0, dx1, dx2, dstate, partial,
+    tokens, num_sequences, blocks, stride_x0, stride_x1, stride_x2, stride_dy0, stride_dy1, stride_dy2,
+    width, width0, width1,
     W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_DFINAL: tl.constexpr,
     PACKED: tl.constexpr, PARTS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
@@ -145,11 +154,13 @@ def backward_kernel(
     part, before, own_width, own_start = channels_of(block, width, width0, width1, PARTS, BD)
     local = own_start + tl.arange(0, BD)
     live, channel = local < own_width, before + local
-    if PARTS == 1:
-        dy, stride_dy = dy0, stride_dy0
-    else:
-        dy = tl.where(part == 2, dy2, tl.where(part == 1, dy1, dy0))
-        stride_dy = tl.where(part == 2, stride_dy2, tl.where(part == 1, stride_dy1, stride_dy0))
+    x, dy, dx = (
+        part_of(part, x0, x1, x2, PARTS),
+        part_of(part, dy0, dy1, dy2, PARTS),
+        part_of(part, dx0, dx1, dx2, PARTS),
+    )
+    stride_x = part_of(part, stride_x0, stride_x1, stride_x2, PARTS)
+    stride_dy = part_of(part, stride_dy0, stride_dy1, stride_dy2, PARTS)
     zero = tl.zeros([BD], tl.float32)
     to = partial + tile.to(tl.int64) * (W + HAS_BIAS) * width + channel
     if (start >= stop) & (start > first):
@@ -159,24 +170,24 @@ def backward_kernel(
     dtaps, dorigin = (), zero
     for _ in tl.static_range(W):
         dtaps += (zero,)
-    taps = taps_of(weight, channel, live, W)
+    taps = taps_of(part_of(part, w0, w1, w2, PARTS), local, live, W)
     if HAS_BIAS:
         origin = tl.load(bias + channel, live, 0.0).to(tl.float32)
     else:
         origin = zero
     xs, dzs = (), ()
     for j in tl.static_range(W - 1):
-        old = input_at(x, state, n, start - (W - 1) + j, first, channel, live, stride_x, width, W, HAS_STATE)
+        old = input_at(x, state, n, start - (W - 1) + j, first, local, channel, live, stride_x, width, W, HAS_STATE)
         xs += (old.to(tl.float32),)
         dzs += (zero,)
     left = tl.minimum(stop - start, BT + W - 1).to(tl.int32)  # tokens of the sequence that count here
     count = tl.minimum(left, BT)  # tokens of the tile
-    from_x, from_dy, to_dx = x + start * stride_x, dy + start * stride_dy, dx + start * width
+    from_x, from_dy, to_dx = x + start * stride_x, dy + start * stride_dy, dx + start * own_width
     for i in range(0, count + W - 1, U):
         dys = ()
         for u in tl.static_range(U):
             here = live & (i + u < left)
-            xs += (tl.load(from_x + (i + u) * stride_x + channel, here, 0.0).to(tl.float32),)
+            xs += (tl.load(from_x + (i + u) * stride_x + local, here, 0.0).to(tl.float32),)
             dys += (tl.load(from_dy + (i + u) * stride_dy + local, here, 0.0).to(tl.float32),)
         for u in tl.static_range(U):
             dz = dys[u]
@@ -201,7 +212,7 @@ def backward_kernel(
                 slot = (start + p - (stop - (W - 1))).to(tl.int32)
                 kept = (slot >= 0) & (p < count)
                 d += tl.load(dfinal + (n * width + channel) * (W - 1) + slot, live & kept, 0.0).to(tl.float32)
-            tl.store(to_dx + p * width + channel, d.to(dx.dtype.element_ty), live & (p >= 0) & (p < count))
+            tl.store(to_dx + p * own_width + local, d.to(dx.dtype.element_ty), live & (p >= 0) & (p < count))
             if HAS_STATE:
                 at = (n * width + channel) * (W - 1) + p + (W - 1)
                 tl.store(dstate + at, d.to(dstate.dtype.element_ty), live & (p < 0) & (start == first))
@@ -218,54 +229,75 @@ def shape_class(x: Tensor, taps: int) -> str:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool,
-    widths: Sequence[int], config: Config | None = None,
+    xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None,
+    silu: bool, config: Config | None = None,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    """(outputs [B, T, D_i] for each of the one or three ``widths``, which sum to D, and final_state [N, D, W-1])."""
-    x, weight = token_rows(x), weight.contiguous()
-    (batch, tokens, width), taps = x.shape, weight.shape[1]
+    """(outputs [B, T, D_i], final_state [N, D, W-1]) for one or three parts xs [B, T, D_i] with weights [D_i, W]; D is
+    all channels. A bias [D] goes with one part."""
+    parts, taps = _parts(xs, weights), weights[0].shape[1]
+    xs, widths, x = parts.xs, parts.widths, parts.xs[0]
+    batch, tokens = x.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    outputs = [x.new_empty(batch, tokens, part) for part in widths]
-    final = x.new_empty(sequences, width, taps - 1)
+    outputs = [x.new_empty(batch, tokens, width) for width in widths]
+    final = x.new_empty(sequences, sum(widths), taps - 1)
     config = config or config_of("short_conv_forward", x, shape_class(x, taps))
     tiles, blocks = _grid(batch, tokens, sequences, widths, cu_seqlens is not None, config)
     if tiles * blocks:
         forward_kernel[(tiles * blocks,)](
-            x, weight, _dense(bias), _dense(state), _dense(cu_seqlens), outputs[0], outputs[-2 % len(outputs)], outputs[-1],
-            final, tokens, sequences, blocks, x.stride(1), width, widths[0], widths[1 % len(widths)],
+            *_three(xs), *_three(parts.weights), _dense(bias), _dense(state), _dense(cu_seqlens), *_three(outputs), final,
+            tokens, sequences, blocks, *_three([x.stride(1) for x in xs]), sum(widths), widths[0], widths[1 % len(widths)],
             W=taps, SILU=silu, HAS_BIAS=bias is not None, HAS_STATE=state is not None and taps > 1,
-            PACKED=cu_seqlens is not None, PARTS=len(widths), **config.launch,
+            PACKED=cu_seqlens is not None, PARTS=len(xs), **config.launch,
         )  # fmt: skip
     return outputs, final
 
 
 def backward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None,
+    xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None,
     d_outputs: Sequence[Tensor], d_final: Tensor | None, silu: bool, config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx [B, T, D], dweight [D, W], dbias [D], dstate [N, D, W-1]); the last two are empty without a bias or state."""
-    x, weight = token_rows(x), weight.contiguous()
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx [B, T, D_i] of each part, dweight [D, W], dbias [D], dstate [N, D, W-1]); the last two are empty without a bias
+    or a state."""
+    parts, taps = _parts(xs, weights), weights[0].shape[1]
+    xs, widths, x = parts.xs, parts.widths, parts.xs[0]
     dys = [token_rows(dy) for dy in d_outputs]
-    widths = [dy.shape[2] for dy in dys]
-    (batch, tokens, width), taps = x.shape, weight.shape[1]
+    (batch, tokens), width = x.shape[:2], sum(widths)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     config = config or config_of("short_conv_backward", x, shape_class(x, taps))
     tiles, blocks = _grid(batch, tokens, sequences, widths, cu_seqlens is not None, config)
-    dx = x.new_empty(batch, tokens, width)
+    dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
     dstate = x.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
-    dweight = torch.empty_like(weight)
+    dweight = weights[0].new_empty(width, taps)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     partial = torch.empty(tiles, taps + (bias is not None), width, dtype=torch.float32, device=x.device)
     if tiles * blocks:
         backward_kernel[(tiles * blocks,)](
-            x, weight, _dense(bias), _dense(state), _dense(cu_seqlens), dys[0], dys[-2 % len(dys)], dys[-1],
-            _dense(d_final), dx, dstate, partial, tokens, sequences, blocks, x.stride(1),
-            dys[0].stride(1), dys[-2 % len(dys)].stride(1), dys[-1].stride(1), width, widths[0], widths[1 % len(widths)],
-            W=taps, SILU=silu, HAS_BIAS=bias is not None, HAS_STATE=state is not None and taps > 1,
-            HAS_DFINAL=d_final is not None and taps > 1, PACKED=cu_seqlens is not None, PARTS=len(widths), **config.launch,
+            *_three(xs), *_three(parts.weights), _dense(bias), _dense(state), _dense(cu_seqlens), *_three(dys),
+            _dense(d_final), *_three(dxs), dstate, partial, tokens, sequences, blocks,
+            *_three([x.stride(1) for x in xs]), *_three([dy.stride(1) for dy in dys]), width, widths[0],
+            widths[1 % len(widths)], W=taps, SILU=silu, HAS_BIAS=bias is not None,
+            HAS_STATE=state is not None and taps > 1, HAS_DFINAL=d_final is not None and taps > 1,
+            PACKED=cu_seqlens is not None, PARTS=len(xs), **config.launch,
         )  # fmt: skip
     column_sum(partial, dweight, dbias if bias is not None else None)
-    return dx, dweight, dbias, dstate
+    return dxs, dweight, dbias, dstate
+
+
+class _Parts(NamedTuple):
+    """One or three inputs as the kernels read them, their weights, and their channels."""
+
+    xs: list[Tensor]
+    weights: list[Tensor]
+    widths: list[int]
+
+
+def _parts(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> _Parts:
+    return _Parts([token_rows(x) for x in xs], [w.contiguous() for w in weights], [x.shape[2] for x in xs])
+
+
+def _three(of_parts: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """One for each part; a single part stands for all three, and the kernel reads the first."""
+    return of_parts[0], of_parts[-2 % len(of_parts)], of_parts[-1]
 
 
 def token_rows(x: Tensor) -> Tensor:
