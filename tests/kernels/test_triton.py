@@ -72,7 +72,6 @@ def test_compiles_without_spills(key_dim: int, value_dim: int, arch: int) -> Non
     from kimi_linear.kernels.triton.chunk_kda import launch_of
     from kimi_linear.kernels.triton.fade import fade_kernel
     from kimi_linear.kernels.triton.pairs import pairs_kernel
-    from kimi_linear.kernels.triton.scan import scan_kernel
 
     launch = launch_of(key_dim, value_dim, wide=False)
     pointers = dict.fromkeys(
@@ -84,11 +83,10 @@ def test_compiles_without_spills(key_dim: int, value_dim: int, arch: int) -> Non
         ("num_sequences", "tokens", "stride_q", "stride_k", "stride_v", "stride_g", "stride_beta"), "i32"
     )
     shape = {"H": 32, "HV": 32, "K": key_dim, "V": value_dim, "PACKED": True, "DOT": tl.bfloat16, "PRECISION": "tf32"}
-    shape |= {"GATE": 1, "NORMALIZE": True, "HAS_STATE": True, "STAGES": launch.scan_stages}
+    shape |= {"GATE": 1, "NORMALIZE": True}
     kernels = [
         (pairs_kernel, {"BK": launch.pairs_block}, launch.pairs_warps, 1),
         (fade_kernel, {"BK": launch.fade_block, "BV": launch.fade_block}, launch.fade_warps, 1),
-        (scan_kernel, {"BV": launch.scan_block}, launch.scan_warps, launch.scan_stages),
     ]
     for kernel, blocks, warps, stages in kernels:
         known = {**pointers, **shape, **blocks}

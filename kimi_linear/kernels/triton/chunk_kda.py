@@ -1,11 +1,19 @@
-"""Forward of Kimi Delta Attention in three Triton kernels: pairs and inverse, fading, and the scan over chunks.
+"""Kimi Delta Attention in parallel chunks, forward and backward: which kernels run, on which buffers, for how long.
 
-Raw gate, l2 norm and beta go in as they are; no fp32 gate tensor is made. Exact at every gate. Without a backward yet.
+    forward     prepare (all chunks at once) -> scan (chunk after chunk)
+    backward    prepare, scan again            what they made is cheaper to make again than to keep
+                scan_backward                  d_u' and the gradient of every chunk's state
+                value_backward, key_backward   all chunks at once
+
+Raw gate, l2 norm and beta go in as they are; no fp32 gate tensor is made. Exact at every gate. Between the two passes
+only the inputs and the output are kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,97 +21,246 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_linear.kernels.triton.common import CHUNK
-from kimi_linear.kernels.triton.fade import fade_kernel
-from kimi_linear.kernels.triton.pairs import pairs_kernel
-from kimi_linear.kernels.triton.scan import scan_kernel
+from kimi_linear.kernels.triton.common import CHUNK, stretches
+from kimi_linear.kernels.triton.configs import Config, config_of
+from kimi_linear.kernels.triton.key_backward import key_backward_kernel
+from kimi_linear.kernels.triton.prepare import prepare_kernel
+from kimi_linear.kernels.triton.scan import ScanResult, scan
+from kimi_linear.kernels.triton.scan_backward import scan_backward
+from kimi_linear.kernels.triton.segments import precision_of, shape_class
+from kimi_linear.kernels.triton.value_backward import value_backward_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """Block sizes, warps and stages of the three kernels for one class of shapes."""
-
-    pairs_block: int
-    pairs_warps: int
-    fade_block: int
-    fade_warps: int
-    scan_block: int
-    scan_warps: int
-    scan_stages: int
-
-
-def launch_of(key_dim: int, value_dim: int, wide: bool) -> Launch:
-    """The configuration for K in {32, 64, 128} and V in {32, 64, 128, 256}; ``wide`` for fp32 inputs.
-
-    The bf16 ones do not spill on sm_90 and sm_100. The fp32 ones do; they are for the interpreter, whose bf16 is wrong.
-    """
-    block = min(32, key_dim, value_dim)
-    heavy = wide and key_dim > 64
-    return Launch(
-        pairs_block=block,
-        pairs_warps=8,
-        fade_block=block,
-        fade_warps=4,
-        scan_block=32,
-        scan_warps=8 if heavy else 4,
-        scan_stages=1 if heavy else 3,
-    )
-
-
-def chunk_kda(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None,
-    beta: Tensor, scale: float, normalize: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(output [B, T, HV, V] in v's dtype, final_state [N, HV, V, K] fp32).
+class Problem:
+    """The inputs of one call, checked by the caller.
 
     ``gate`` [B, T, HV, K] is a plain log-decay where ``A_log`` is None, a raw projection otherwise: of the softplus gate
     where ``lower_bound`` is None, of the bounded gate where it is not. q, k, v are bf16 or fp32.
     """
-    (batch, tokens, heads, key_dim), (v_heads, value_dim) = q.shape, v.shape[2:]
-    q, k, v, gate, beta = (_rows(x) for x in (q, k, v, gate, beta))
-    kind = 0 if A_log is None else 1 if lower_bound is None else 2
-    sequences, chunks, cu_chunks = batch, batch * triton.cdiv(tokens, CHUNK), None
-    if cu_seqlens is not None:
-        sequences = cu_seqlens.numel() - 1
-        cu_chunks = F.pad(((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0), (1, 0)).to(torch.int32)
-        chunks = tokens // CHUNK + sequences  # at most; the exact number would make the host wait
-    wide = q.dtype == torch.float32
-    launch = launch_of(key_dim, value_dim, wide)
-    dot, precision = (tl.float32, "ieee") if wide else (tl.bfloat16, "tf32")
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    lower_bound: float | None
+    scale: float
+    normalize: bool
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class Prepared(NamedTuple):
+    """What prepare.py makes of all chunks; ``inverse`` and ``norms`` [chunks, HV, 2, C] only for the backward."""
+
+    erase: Tensor
+    u: Tensor
+    read: Tensor
+    write: Tensor
+    pairs_q: Tensor
+    decay: Tensor
+    inverse: Tensor | None
+    norms: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """With respect to the inputs of the same names; those of A_log and dt_bias are None for a plain gate."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Sizes, the numbering of chunks, and what all the chunk kernels take."""
+
+    sequences: int
+    chunks: int
+    cu_chunks: Tensor | None
+    kind: int
+    dot: tl.dtype
+    precision: str
+
+
+def forward(
+    problem: Problem, *, export: Sequence[tuple[int, int]] = (), config: Config | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(output [B, T, HV, V] in v's dtype, final_state [N, HV, V, K] fp32, exported [E, HV, V, K] fp32 or None).
+
+    ``export``: pairs of a sequence and a number of its tokens, a multiple of C, whose state is wanted. ``config`` of
+    prepare.py, instead of the table's, for benchmarks.
+    """
+    problem = _laid_out(problem)
+    layout = _layout_of(problem)
+    prepared = _prepare(problem, layout, save=False, config=config)
+    output, result = _scan(problem, layout, prepared, save=False, export=export)
+    return output, result.final_state, result.exported
+
+
+def backward(
+    problem: Problem, output: Tensor, d_output: Tensor, d_final_state: Tensor | None, *,
+    value_config: Config | None = None, key_config: Config | None = None,
+) -> Gradients:  # fmt: skip
+    """The gradients, of the output [B, T, HV, V] of ``forward`` and of its final state (None: no gradient reaches it)."""
+    problem = _laid_out(problem)
+    layout = _layout_of(problem)
+    d_output, output = d_output.contiguous(), output.contiguous()
+    prepared = _prepare(problem, layout, save=True)
+    _, result = _scan(problem, layout, prepared, save=True)
+    reverse = scan_backward(
+        prepared.erase, prepared.read, prepared.write, prepared.pairs_q, prepared.decay, d_output, d_final_state,
+        result.operators, problem.cu_seqlens, layout.cu_chunks, initial=problem.initial_state is not None,
+    )  # fmt: skip
+    inverse, norms, states, written = prepared.inverse, prepared.norms, result.states, result.written
+    del prepared, result  # a third of the memory, needed no more
+    d_right, d_initial = reverse.d_written, reverse.d_initial_state
+    assert inverse is not None
+    assert norms is not None
+    assert states is not None
+    assert written is not None
+    dv, d_keys, d_pairs, sums = _value_backward(
+        problem, layout, inverse, written, d_right, output, d_output, value_config
+    )
+    del inverse
+    parts = (norms, states, reverse.d_states, written, d_right, d_output, d_keys, d_pairs, sums)
+    return _key_backward(problem, layout, parts, dv, d_initial, key_config)
+
+
+def _prepare(problem: Problem, layout: _Layout, *, save: bool, config: Config | None = None) -> Prepared:
+    q, k, v, gate, beta = problem.q, problem.k, problem.v, problem.gate, problem.beta
+    (tokens, heads, key_dim), (v_heads, value_dim) = q.shape[1:], v.shape[2:]
+    chunks = layout.chunks
 
     def made(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
+        return torch.empty(chunks, v_heads, *shape, dtype=dtype, device=q.device)
 
-    pairs_q, solve = made(chunks, v_heads, CHUNK, CHUNK), made(chunks, v_heads, CHUNK, CHUNK)
-    erase, read, write = (made(chunks, v_heads, CHUNK, key_dim) for _ in range(3))
-    u = made(chunks, v_heads, CHUNK, value_dim)
-    decay = made(chunks, v_heads, key_dim, dtype=torch.float32)
-    norms = made(chunks, v_heads, 2, CHUNK, dtype=torch.float32)
-    output = made(batch, tokens, v_heads, value_dim)
-    final_state = made(sequences, v_heads, value_dim, key_dim, dtype=torch.float32)
-    if chunks:
-        pairs_kernel[(chunks, v_heads)](
-            q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, solve, pairs_q, norms,
-            scale, lower_bound or 0.0, sequences, tokens, q.stride(1), k.stride(1), gate.stride(1), beta.stride(1),
-            heads, v_heads, key_dim, launch.pairs_block, kind, normalize, cu_seqlens is not None, dot, precision,
-            num_warps=launch.pairs_warps, num_stages=1,
-        )  # fmt: skip
-        fade_kernel[(chunks, v_heads)](
-            q, k, v, gate, A_log, dt_bias, cu_seqlens, cu_chunks, solve, norms, erase, u, read, write, decay,
-            lower_bound or 0.0, sequences, tokens, q.stride(1), k.stride(1), v.stride(1), gate.stride(1),
-            heads, v_heads, key_dim, value_dim, launch.fade_block, launch.fade_block, kind, cu_seqlens is not None,
-            dot, precision, num_warps=launch.fade_warps, num_stages=1,
-        )  # fmt: skip
-    scan_kernel[(value_dim // launch.scan_block, sequences * v_heads)](
-        erase, u, read, write, pairs_q, decay, initial_state, output, final_state, cu_seqlens, cu_chunks, tokens,
-        v_heads, key_dim, value_dim, launch.scan_block, cu_seqlens is not None, initial_state is not None,
-        launch.scan_stages, precision, num_warps=launch.scan_warps, num_stages=launch.scan_stages,
+    erase, read, write = (made(CHUNK, key_dim) for _ in range(3))
+    prepared = Prepared(
+        erase=erase, u=made(CHUNK, value_dim), read=read, write=write, pairs_q=made(CHUNK, CHUNK),
+        decay=made(key_dim, dtype=torch.float32), inverse=made(CHUNK, CHUNK) if save else None,
+        norms=made(2, CHUNK, dtype=torch.float32) if save else None,
     )  # fmt: skip
-    return output, final_state
+    config = config or config_of("kda_prepare", q, shape_class(key_dim, q.dtype))
+    # Entries of the inverse are at most 2 for normalized keys, so fp16 serves: as exact as tf32, and half as wide.
+    solve = tl.float16 if problem.normalize and layout.dot == tl.bfloat16 else tl.float32
+    if chunks:
+        prepare_kernel[(chunks, v_heads)](
+            q, k, v, gate, beta, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, stretches(q.device),
+            *prepared, problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens,
+            q.stride(1), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), heads, v_heads, key_dim, value_dim,
+            min(config["BN"], key_dim), min(config["BK"], key_dim), min(config["BV"], value_dim), layout.kind,
+            problem.normalize, problem.cu_seqlens is not None, save, layout.dot, solve, layout.precision,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return prepared
+
+
+def _scan(
+    problem: Problem, layout: _Layout, prepared: Prepared, *, save: bool, export: Sequence[tuple[int, int]] = ()
+) -> tuple[Tensor, ScanResult]:
+    output = torch.empty(problem.v.shape, dtype=problem.v.dtype, device=problem.v.device)
+    return output, scan(
+        *prepared[:6], problem.initial_state, output, problem.cu_seqlens, layout.cu_chunks, save=save, export=export
+    )
+
+
+def _value_backward(
+    problem: Problem, layout: _Layout, inverse: Tensor, written: Tensor, d_written: Tensor, output: Tensor,
+    d_output: Tensor, config: Config | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dv, d_keys, d_pairs, sums); ``d_written`` becomes d_right."""
+    v, beta, (chunks, v_heads) = problem.v, problem.beta, written.shape[:2]
+    tokens, value_dim = v.shape[1], v.shape[3]
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_keys, d_pairs = torch.empty_like(inverse), torch.empty_like(inverse)
+    sums = torch.empty(chunks, v_heads, 4, CHUNK, dtype=torch.float32, device=v.device)
+    config = config or config_of("kda_value_backward", v, shape_class(problem.q.shape[3], v.dtype))
+    if chunks:
+        value_backward_kernel[(chunks, v_heads)](
+            v, beta, problem.cu_seqlens, layout.cu_chunks, inverse, written, d_written, output, d_output, dv, d_keys,
+            d_pairs, sums, layout.sequences, tokens, v.stride(1), beta.stride(1), v_heads, value_dim,
+            min(config["BV"], value_dim), problem.cu_seqlens is not None, layout.dot, layout.precision,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return dv, d_keys, d_pairs, sums
+
+
+def _key_backward(
+    problem: Problem, layout: _Layout, parts: tuple[Tensor, ...], dv: Tensor, d_initial: Tensor | None,
+    config: Config | None,
+) -> Gradients:  # fmt: skip
+    q, k, gate, beta, A_log, dt_bias = (
+        problem.q, problem.k, problem.gate, problem.beta, problem.A_log, problem.dt_bias,
+    )  # fmt: skip
+    (batch, tokens, heads, key_dim), (v_heads, value_dim) = q.shape, problem.v.shape[2:]
+    config = config or config_of("kda_key_backward", q, shape_class(key_dim, q.dtype))
+    block = min(config["BK"], key_dim)
+    slices, device = key_dim // block, q.device
+    # Value heads of one key head add up, in fp32.
+    own = q.dtype if heads == v_heads else torch.float32
+    dq, dk = (torch.empty(batch, tokens, v_heads, key_dim, dtype=own, device=device) for _ in range(2))
+    d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=device)
+    d_beta = torch.empty(slices, batch, tokens, v_heads, dtype=torch.float32, device=device)
+    d_A = torch.zeros(slices, layout.chunks, v_heads, dtype=torch.float32, device=device)
+    d_bias = torch.zeros(layout.chunks, v_heads, key_dim, dtype=torch.float32, device=device)
+    if layout.chunks:
+        key_backward_kernel[(layout.chunks * slices, v_heads)](
+            q, k, gate, beta, A_log, dt_bias, problem.cu_seqlens, layout.cu_chunks, stretches(device), *parts,
+            dq, dk, d_gate, d_beta, d_A, d_bias, problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens,
+            layout.chunks, batch * tokens, q.stride(1), k.stride(1), gate.stride(1), beta.stride(1), heads, v_heads,
+            key_dim, value_dim, block, min(config["BV"], value_dim), layout.kind, problem.normalize,
+            problem.cu_seqlens is not None, layout.dot, layout.precision,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    if heads != v_heads:
+        dq, dk = (x.unflatten(2, (heads, -1)).sum(3).to(q.dtype) for x in (dq, dk))
+    return Gradients(
+        dq, dk, dv, d_gate, d_beta.sum(0).to(beta.dtype),
+        None if A_log is None else d_A.sum((0, 1)).view(A_log.shape).to(A_log.dtype),
+        None if dt_bias is None else d_bias.sum(0).view(dt_bias.shape).to(dt_bias.dtype),
+        d_initial,
+    )  # fmt: skip
+
+
+def _layout_of(problem: Problem) -> _Layout:
+    batch, tokens = problem.q.shape[:2]
+    sequences, chunks, cu_chunks = batch, batch * triton.cdiv(tokens, CHUNK), None
+    if problem.cu_seqlens is not None:
+        sequences = problem.cu_seqlens.numel() - 1
+        cu_chunks = F.pad(((problem.cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0), (1, 0)).to(torch.int32)
+        chunks = tokens // CHUNK + sequences  # at most; the exact number would make the host wait
+    return _Layout(
+        sequences=sequences,
+        chunks=chunks,
+        cu_chunks=cu_chunks,
+        kind=0 if problem.A_log is None else 1 if problem.lower_bound is None else 2,
+        dot=tl.float32 if problem.q.dtype == torch.float32 else tl.bfloat16,
+        precision=precision_of(problem.q.dtype),
+    )
+
+
+def _laid_out(problem: Problem) -> Problem:
+    """The problem with tokens of every input at one stride and everything after them dense; copied only where not so."""
+    q, k, v, gate, beta = (_rows(x) for x in (problem.q, problem.k, problem.v, problem.gate, problem.beta))
+    A_log, dt_bias, initial_state = (
+        None if x is None else x.contiguous() for x in (problem.A_log, problem.dt_bias, problem.initial_state)
+    )
+    return Problem(
+        q=q, k=k, v=v, gate=gate, beta=beta, A_log=A_log, dt_bias=dt_bias, lower_bound=problem.lower_bound,
+        scale=problem.scale, normalize=problem.normalize, initial_state=initial_state, cu_seqlens=problem.cu_seqlens,
+    )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``x`` [B, T, ...] with tokens at one stride and everything after them dense; copied only where it is not so."""
     dense = x[0, 0].is_contiguous() if x.numel() else True
     whole = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if dense and whole else x.contiguous()

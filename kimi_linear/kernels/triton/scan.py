@@ -2,54 +2,175 @@
 
     u' = u - erase S^T    o = read S^T + N u'    S <- S Diag(decay) + u'^T write
 
-The slice of the state, [K, BV] fp32, stays in registers from the first chunk to the last. Grid (V / BV, N * HV).
+The slice of the state, [K, BV] fp32, stays in registers from the first chunk to the last; the loads of the next chunks run
+ahead of it, and are what bounds it. Where heads are few a long sequence is cut (segments.py), and a program walks one segment.
+One dimension of programs, V / BV * HV * (sequences + boundaries between segments), V fastest. Chunk-major inputs: rows past a sequence's end are zeros.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kimi_linear.kernels.triton.common import CHUNK
+from kimi_linear.kernels.triton.configs import Config, config_of
+from kimi_linear.kernels.triton.segments import (
+    Cut,
+    build,
+    choose_cut,
+    combine,
+    first_boundary,
+    place_of_program,
+    plan,
+    precision_of,
+    segment_of,
+    segments_of,
+    sequence_of,
+    shape_class,
+)
 
 
-@triton.jit
+class ScanResult(NamedTuple):
+    """What a scan returns besides the output, which it writes in place."""
+
+    final_state: Tensor
+    """[N, HV, V, K] fp32."""
+    states: Tensor | None
+    """[chunks, HV, V, K] in the inputs' dtype: the state at each chunk's start. None unless ``save``."""
+    written: Tensor | None
+    """[chunks, HV, C, V] u', in the inputs' dtype. None unless ``save``."""
+    exported: Tensor | None
+    """[E, HV, V, K] fp32: the state after the asked number of tokens. None unless ``export``."""
+    operators: Tensor | None
+    """[boundaries, HV, K, K] fp32, for ``scan_backward``. None where no sequence can be long enough to be cut."""
+
+
+@triton.jit(do_not_specialize=["num_sequences", "tokens", "most", "least", "apart"])
 def scan_kernel(
-    erase, u, read, write, pairs_q, decay, initial_state, output, final_state, cu_seqlens, cu_chunks, tokens,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, HAS_STATE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    erase, u, read, write, pairs_q, decay, initial_state, offsets, output, final_state, states, written, exported,
+    export_slot, cu_seqlens, cu_chunks, num_sequences, tokens, most, least, apart,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
+    PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SEGMENTED: tl.constexpr, SAVE: tl.constexpr, EXPORT: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = 64
-    part, n, hv = tl.program_id(0), tl.program_id(1) // HV, tl.program_id(1) % HV
-    if PACKED:
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        stop = tl.load(cu_seqlens + n + 1).to(tl.int64)
-        first = tl.load(cu_chunks + n)
-    else:
-        start, stop = n.to(tl.int64) * tokens, (n + 1).to(tl.int64) * tokens
-        first = n * tl.cdiv(tokens, C)
-    chunks = tl.cdiv(stop - start, C).to(tl.int32)
+    part, hv, z = place_of_program(tl.program_id(0), HV, V // BV)
+    n, s, count = z, z * 0, 1
+    if SEGMENTED:
+        n, s = segment_of(z, cu_chunks, num_sequences, least, apart, PACKED)
+    start, stop, first, chunks = sequence_of(n, cu_seqlens, cu_chunks, tokens, PACKED)
+    begin, end = 0, chunks
+    if SEGMENTED:
+        count = segments_of(chunks, most, least, FEWEST)
+        if s >= count:
+            return
+        begin, end = s * chunks // count, (s + 1) * chunks // count
     row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
-    place = (n * HV + hv).to(tl.int64) * V * K + dim_v[None, :] * K + dim_k[:, None]
+    inside = dim_v[None, :] * K + dim_k[:, None]
+    place = (n.to(tl.int64) * HV + hv) * V * K + inside
+    state = tl.zeros([K, BV], tl.float32)
     if HAS_STATE:
-        state = tl.load(initial_state + place)
-    else:
-        state = tl.zeros([K, BV], tl.float32)
-    for i in tl.range(chunks, num_stages=STAGES):
-        at = ((first + i).to(tl.int64) * HV + hv) * C
-        in_k = (at + row)[:, None] * K + dim_k[None, :]
-        b_erase, b_read = tl.load(erase + in_k), tl.load(read + in_k)
-        b_u = tl.load(u + (at + row)[:, None] * V + dim_v[None, :]).to(tl.float32)
-        b_pairs = tl.load(pairs_q + (at + row)[:, None] * C + row[None, :])
-        b_write = tl.load(write + (at + row)[None, :] * K + dim_k[:, None])
-        b_decay = tl.load(decay + ((first + i).to(tl.int64) * HV + hv) * K + dim_k)
+        if s == 0:
+            state = tl.load(initial_state + place)
+    if SEGMENTED:
+        if s > 0:
+            b = (first_boundary(n, first, least, apart) + s - 1).to(tl.int64)
+            state = tl.load(offsets + (b * HV + hv) * V * K + inside)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        slot = (first + i).to(tl.int64) * HV + hv
+        at = slot * C + row
+        in_k, in_v = at[:, None] * K + dim_k[None, :], at[:, None] * V + dim_v[None, :]
+        b_erase, b_read, b_write = tl.load(erase + in_k), tl.load(read + in_k), tl.load(write + in_k)
+        b_u = tl.load(u + in_v).to(tl.float32)
+        b_pairs = tl.load(pairs_q + at[:, None] * C + row[None, :])
+        b_decay = tl.load(decay + slot * K + dim_k)
         low = state.to(b_erase.dtype)
+        if SAVE:
+            tl.store(states + slot * V * K + inside, low)
         b_u = (b_u - tl.dot(b_erase, low, input_precision=PRECISION)).to(b_erase.dtype)
+        if SAVE:
+            tl.store(written + in_v, b_u)
         o = tl.dot(b_read, low, input_precision=PRECISION)
         o = tl.dot(b_pairs, b_u, o, input_precision=PRECISION)
-        state = tl.dot(b_write, b_u, state * b_decay[:, None], input_precision=PRECISION)
+        state = tl.dot(tl.trans(b_write), b_u, state * b_decay[:, None], input_precision=PRECISION)
         token = start + i * C + row
         tl.store(
             output + (token[:, None] * HV + hv) * V + dim_v[None, :],
             o.to(output.dtype.element_ty),
             (token < stop)[:, None],
         )
-    tl.store(final_state + place, state)
+        if EXPORT:
+            to = tl.load(export_slot + first + i)
+            tl.store(exported + (to.to(tl.int64) * HV + hv) * V * K + inside, state, to >= 0)
+    if s + 1 == count:
+        tl.store(final_state + place, state)
+
+
+def scan(
+    erase: Tensor, u: Tensor, read: Tensor, write: Tensor, pairs_q: Tensor, decay: Tensor, initial_state: Tensor | None,
+    output: Tensor, cu_seqlens: Tensor | None, cu_chunks: Tensor | None, *, save: bool = False,
+    export: Sequence[tuple[int, int]] = (), cut: Cut | None = None, config: Config | None = None,
+) -> ScanResult:  # fmt: skip
+    """Walk over the chunks, filling ``output``. Every tensor is contiguous; the caller has checked shapes and dtypes.
+
+    Args:
+        erase, read, write: [chunks, HV, C, K], C = 64, bf16 or fp32, zeros past a sequence's end. u: [chunks, HV, C, V].
+        pairs_q: [chunks, HV, C, C]. decay: [chunks, HV, K] fp32.
+        initial_state: [N, HV, V, K] fp32, zero where None.
+        output: [B, T, HV, V], written.
+        cu_seqlens: [N+1] where sequences are packed, with cu_chunks [N+1] int32, the running number of chunks. Then
+            ``chunks`` may be more than there are. None: every row of B is a sequence.
+        save: keep what the backward pass needs.
+        export: pairs of a sequence and a number of its tokens, a multiple of C between C and its length, no pair twice.
+        cut, config: instead of the chosen ones, for benchmarks and tests.
+    """
+    (batch, tokens), (chunks, v_heads, _, key_dim), value_dim = output.shape[:2], erase.shape, u.shape[3]
+    packed = cu_seqlens is not None
+    sequences = cu_seqlens.numel() - 1 if packed else batch
+    final_state = decay.new_empty(sequences, v_heads, value_dim, key_dim)
+    states = erase.new_empty(chunks, v_heads, value_dim, key_dim) if save else None
+    written = torch.empty_like(u) if save else None
+    exported = decay.new_empty(len(export), v_heads, value_dim, key_dim) if export else None
+    slots = _export_slots(export, chunks, tokens, cu_chunks, erase.device) if export else None
+    plans = plan(cut or choose_cut(v_heads, value_dim), sequences, chunks, packed)
+    offsets, operators = None, None
+    if plans.boundaries:
+        offsets, operators = build(
+            erase, u, write, decay, initial_state, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens
+        )
+        combine(
+            offsets, operators, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens, reverse=False
+        )
+    config = config or config_of("kda_scan", erase, shape_class(key_dim, erase.dtype))
+    block = min(config["BV"], value_dim)
+    programs = value_dim // block * v_heads * (sequences + plans.boundaries)
+    if programs:
+        scan_kernel[(programs,)](
+            erase, u, read, write, pairs_q, decay, initial_state, offsets, output, final_state, states, written, exported,
+            slots, cu_seqlens, cu_chunks, sequences, tokens, plans.cut.most, plans.cut.least, plans.apart,
+            v_heads, key_dim, value_dim, block, plans.cut.FEWEST, packed, initial_state is not None,
+            plans.boundaries > 0, save, exported is not None, config.num_stages, precision_of(erase.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return ScanResult(final_state, states, written, exported, operators)
+
+
+def _export_slots(
+    export: Sequence[tuple[int, int]], chunks: int, tokens: int, cu_chunks: Tensor | None, device: torch.device
+) -> Tensor:
+    """[chunks] int32: where the state at a chunk's end goes, -1 for nowhere."""
+    if len(set(export)) < len(export) or any(offset < CHUNK or offset % CHUNK for _, offset in export):
+        raise ValueError(
+            f"export: expected different (sequence, tokens) with tokens a multiple of {CHUNK} from {CHUNK} on, "
+            f"got {list(export)}"
+        )
+    sequence, offset = torch.tensor(list(export), device=device).unbind(1)
+    first = sequence * triton.cdiv(tokens, CHUNK) if cu_chunks is None else cu_chunks[sequence]
+    slots = torch.full((chunks,), -1, dtype=torch.int32, device=device)
+    slots[first + offset // CHUNK - 1] = torch.arange(len(export), dtype=torch.int32, device=device)
+    return slots
