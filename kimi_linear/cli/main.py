@@ -12,8 +12,11 @@ VERBS = {
     "demo": "train a hybrid and an attention model, compare them, write a report: minutes, no download",
     "train": "train a model on text; resumes where it stopped",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk to a model, turn by turn",
     "eval": "measure a trained model: perplexity by position, task accuracy",
     "study": "run an experiment of the paper at a size that fits the machine",
+    "check": "name what is wrong with a model folder, what breaks where, and the repair",
+    "convert": "rewrite a model folder in the layout of the release, transformers or fla; repair it",
     "info": "show versions, devices, implementations, and what a preset costs",
 }
 """Every verb is a module of this package with ``main(argv)``; it is imported only when it is asked for."""

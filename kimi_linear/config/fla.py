@@ -117,7 +117,11 @@ def from_fla(values: dict[str, Any], *, output_gate_bias: bool = False) -> Model
             raise ConfigError(f"{key}: expected {allowed[0]!r}, got {values[key]!r}; nothing else is built")
     if OWN_KEY in values:
         return _own(values, output_gate_bias)
-    get = {**DEFAULTS, **values}.get
+    full = {**DEFAULTS, **values}
+
+    def get(key: str) -> Any:
+        return full.get(key)
+
     bound = get("lower_bound")
     value_dim = get("head_dim") * get("expand_v")
     if value_dim != int(value_dim):
@@ -133,7 +137,7 @@ def from_fla(values: dict[str, Any], *, output_gate_bias: bool = False) -> Model
         gate_rank=None if value_dim == get("head_dim") else int(value_dim),
         output_gate_bias=output_gate_bias,
     )
-    fields = {name: get(key) for key, name in RENAMED.items()}
+    fields: dict[str, Any] = {name: get(key) for key, name in RENAMED.items()}
     inner = get("intermediate_size")
     if inner is None:
         # fla rounds two thirds of the ratio up to a multiple of 256.

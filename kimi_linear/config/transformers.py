@@ -97,6 +97,7 @@ def to_transformers(values: dict[str, Any], config: ModelConfig) -> dict[str, An
         "mla.position": (config.mla.position, "nope"),
         "mixers": (set(config.layer_mixers) <= {"kda", "mla"}, True),
         "num_shared_experts": (moe is None or moe.num_shared_experts > 0, True),
+        "output_gate_bias": (linear.output_gate_bias, False),
         "tie_embeddings": (config.tie_embeddings, False),
     }
     for name, (got, expected) in has.items():
