@@ -118,6 +118,7 @@ def _costs(name: str) -> None:
         for label, shown in (
             ("parameters", lambda cost: f"{cost.parameters:,}"),
             ("active per token", lambda cost: f"{cost.active_parameters:,}"),
+            ("weights", lambda cost: memory(cost.weight_bytes)),
             ("state per sequence", lambda cost: memory(cost.state_bytes)),
             ("cache per token", lambda cost: memory(cost.token_bytes)),
             ("context of 8K", lambda cost: memory(cost.context_bytes(2**13))),
@@ -128,7 +129,7 @@ def _costs(name: str) -> None:
     out = stdout()
     out.print(f"{name}: {config.num_layers} layers ({_layers(config.layer_mixers)}), width {config.hidden_size:,}")
     out.print(table(rows))
-    out.print("One sequence; caches in bf16, recurrent states in fp32.", style="dim")
+    out.print("One sequence; weights and caches in bf16, recurrent states in fp32.", style="dim")
 
 
 def _layers(mixers: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ PIECE_BYTES = 8 << 20
 """One read. Large enough for a disk's full speed, small enough to check its numbers while they are in the cache."""
 READERS = 4
 """Reads under way at once."""
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Piece(NamedTuple):
@@ -49,22 +50,23 @@ def stream_into(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
     pieces = [piece for stored, target in ordered for piece in _pieces(stored, target)]
     own = threading.local()
 
-    def read(piece: _Piece) -> _Piece:
+    def read(piece: _Piece) -> None:
         target = piece.target
         if target.device.type == "cpu" and target.dtype == piece.stored.dtype:
             _read_into(piece, target)
-            return piece
+            _check_finite(piece)
+            return
         if not hasattr(own, "buffer"):
             own.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=target.is_cuda)
         staged = own.buffer[: piece.nbytes].view(piece.stored.dtype)
         _read_into(piece, staged)
         target.copy_(staged)
-        return piece
+        _check_finite(piece)
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
         try:
-            for piece in pool.map(read, pieces):
-                _check_finite(piece)
+            for _ in pool.map(read, pieces):
+                pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -96,10 +98,22 @@ def _read_into(piece: _Piece, tensor: Tensor) -> None:
 
 
 def _check_finite(piece: _Piece) -> None:
-    # The extremes are NaN where any number is; one pass, without a mask of the tensor's size.
-    low, high = piece.target.aminmax()
-    if not bool(low.isfinite() & high.isfinite()):
+    if not _finite(piece.target):
         raise CheckpointError(
             f"{piece.stored.name}: expected finite numbers in {piece.target.dtype}, got NaN or infinity from "
             f"{piece.stored.path}; the checkpoint is damaged, or its numbers do not fit that dtype"
         )
+
+
+def _finite(flat: Tensor) -> bool:
+    """Whether a tensor that is not empty holds finite numbers only; one pass, without a mask of its size."""
+    if flat.device.type != "cpu":
+        low, high = flat.aminmax()  # NaN where any number is
+        return bool(low.isfinite() & high.isfinite())
+    # As integers, positive floats grow with their value, and infinity and NaN stand above all others; so do negative
+    # ones as unsigned integers. By numpy, as torch would start a team of threads in every reader.
+    integers = _INTEGERS[flat.dtype.itemsize]
+    infinity = int(torch.tensor(torch.inf, dtype=flat.dtype).view(integers))
+    bits = flat.view(integers).numpy()
+    unsigned = bits.view(f"u{bits.itemsize}")
+    return int(bits.max()) < infinity and int(unsigned.max()) < infinity + (1 << 8 * bits.itemsize - 1)
