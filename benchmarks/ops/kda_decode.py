@@ -177,7 +177,8 @@ def time_steps(page: Page, batch: int, tokens: int, has_fla: bool, configs: bool
     """One row of the first table, and the candidates at this shape."""
     inputs, calls = drawn(batch, tokens)
     cycle = rows_of(batch, tokens, calls)
-    replays = {"ours": ours(inputs, cycle, launch_of(DIM, DIM, tokens))}
+    major, minor = torch.cuda.get_device_capability()
+    replays = {"ours": ours(inputs, cycle, launch_of(DIM, DIM, tokens, 10 * major + minor))}
     if has_fla and tokens == 1:
         parts = inputs.pool.memory.view(calls, batch, HEADS, DIM, DIM)
         replays["fla"] = graph_of([fla_call(inputs, part) for part in parts[: max(4, calls // 8)]])

@@ -1,6 +1,7 @@
 """Public mathematics: the operations of Kimi Linear, validated and differentiable, whatever implementation runs them."""
 
 from kimi_linear.ops.contract import BoundedGate, Gate, Impl, KDAOutput, SoftplusGate, log_decay
+from kimi_linear.ops.decode import ConvTaps, DecodePool, HeadNorm, kda_decode
 from kimi_linear.ops.dispatch import AVAILABLE, Choice, OpFacts, choose_impl
 from kimi_linear.ops.kda import chunk_kda, recurrent_kda
 from kimi_linear.ops.linear_attention import chunk_gdn, chunk_mamba2, recurrent_gdn, recurrent_mamba2
@@ -14,7 +15,10 @@ __all__ = [
     "BoundedGate",
     "Choice",
     "ConvOutput",
+    "ConvTaps",
+    "DecodePool",
     "Gate",
+    "HeadNorm",
     "Impl",
     "KDAOutput",
     "OpFacts",
@@ -26,6 +30,7 @@ __all__ = [
     "chunk_kda",
     "chunk_mamba2",
     "gated_rms_norm",
+    "kda_decode",
     "l2_normalize",
     "log_decay",
     "mla_absorbed",

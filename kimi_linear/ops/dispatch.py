@@ -13,7 +13,7 @@ from kimi_linear.ops.contract import Impl
 
 AVAILABLE: dict[str, tuple[Impl, ...]] = {
     "chunk_kda": ("reference", "torch", "triton"),
-    "recurrent_kda": ("reference", "torch"),
+    "recurrent_kda": ("reference", "torch", "triton"),
     "kda_decode": ("reference", "torch", "triton"),
     "chunk_gdn": ("reference", "torch"),
     "recurrent_gdn": ("reference", "torch"),
@@ -109,8 +109,9 @@ def choose_impl(facts: OpFacts, requested: Impl = "auto") -> Choice:
     if "triton" in available and facts.device == "cuda" and why_not_triton(facts) is None:
         if facts.op in ROW_OPS:
             return Choice("triton", "fastest exact implementation: one Triton kernel at memory speed")
-        how = "one Triton kernel" if facts.op in STEP_OPS else "three portable Triton kernels"
-        return Choice("triton", f"fastest exact implementation without a backward: {how}")
+        if facts.op in STEP_OPS:
+            return Choice("triton", "fastest exact implementation without a backward: one Triton kernel")
+        return Choice("triton", "fastest exact implementation: portable Triton kernels, parallel over chunks")
     how = "one step per token" if facts.op in STEP_OPS or facts.op.startswith("recurrent") else "parallel chunks"
     how = "rows of channels" if facts.op in ROW_OPS else how
     return Choice("torch", f"fastest exact implementation on {facts.device}: {how} in plain torch")
@@ -126,8 +127,6 @@ def why_not_triton(facts: OpFacts) -> str | None:
         return _why_no_triton_rows(facts)
     if facts.arch is None or facts.arch < (9, 0):
         return f"expected compute capability 9.0 or more (the kernels spill registers below), got {facts.arch}; use impl='auto'"
-    if facts.needs_grad:
-        return "has no backward yet; use impl='auto', or call under torch.no_grad()"
     if facts.dtype not in TRITON_DTYPES:
         return f"expected q in {', '.join(TRITON_DTYPES)}, got {facts.dtype}; use impl='auto'"
     if facts.key_dim not in TRITON_KEY_DIMS or facts.value_dim not in TRITON_VALUE_DIMS:

@@ -15,9 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kimi_linear.ops.autocast import outside_autocast
-from kimi_linear.ops.contract import BoundedGate, Gate, Impl, KDAOutput, gate_values, log_decay
+from kimi_linear.ops.chunk_kda_operator import triton_chunk_kda
+from kimi_linear.ops.contract import Gate, Impl, KDAOutput, log_decay
 from kimi_linear.ops.dispatch import OpFacts, choose_impl
 from kimi_linear.ops.norm import l2_normalize
+from kimi_linear.ops.recurrent import triton_recurrent_kda
 from kimi_linear.ops.validation import check_kda
 
 
@@ -60,7 +62,7 @@ def chunk_kda(
     choice = choose_impl(_facts("chunk_kda", q, k, v, gate, beta, initial_state), impl)
     scale = _scale(scale, q)
     if choice.impl == "triton":
-        return _triton_chunk_kda(q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens)
+        return triton_chunk_kda(q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens)
     g = log_decay(gate)
     if normalize_qk:
         q, k = l2_normalize(q), l2_normalize(k)
@@ -102,7 +104,12 @@ def recurrent_kda(
     choice = choose_impl(facts, impl)
     if state_indices is not None and facts.needs_grad:
         raise ValueError("state_indices: an update in place has no gradient; call under torch.no_grad()")
-    g, scale = log_decay(gate), _scale(scale, q)
+    scale = _scale(scale, q)
+    if choice.impl == "triton":
+        return triton_recurrent_kda(
+            q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens, state_indices
+        )  # fmt: skip
+    g = log_decay(gate)
     if normalize_qk:
         q, k = l2_normalize(q), l2_normalize(k)
     if choice.impl == "torch":
@@ -118,24 +125,6 @@ def recurrent_kda(
     assert initial_state is not None
     initial_state[slots] = final_state
     return KDAOutput(output, initial_state)
-
-
-def _triton_chunk_kda(
-    q: Tensor, k: Tensor, v: Tensor, gate: Gate, beta: Tensor, scale: float, normalize_qk: bool,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
-) -> KDAOutput:  # fmt: skip
-    """The gate goes into the kernels as it came: no fp32 log-decay is made."""
-    from kimi_linear.kernels.triton.chunk_kda import chunk_kda as run
-
-    plain = isinstance(gate, Tensor)
-    A_log, dt_bias = (None, None) if plain else (gate.A_log.contiguous(), gate.dt_bias.contiguous())
-    lower_bound = gate.lower_bound if isinstance(gate, BoundedGate) else None
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-    raw = gate_values(gate)
-    return KDAOutput(
-        *run(q, k, v, raw, A_log, dt_bias, lower_bound, beta, scale, normalize_qk, initial_state, cu_seqlens)
-    )
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

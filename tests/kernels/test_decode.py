@@ -1,0 +1,88 @@
+"""The step kernels without a GPU: interpreted at small shapes, and compiled for every architecture that they serve."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .launches import resources
+
+triton = pytest.importorskip("triton", reason="needs triton; pip install -c constraints.txt triton")
+
+HERE = Path(__file__).parent
+STATIC_SHARED = 48 * 1024
+
+
+def test_interpreted_at_every_gate_and_layout() -> None:
+    """fp32, where the only errors are rounding: 1e-5 leaves a digit over what is seen. Windows are copied, so exact."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "interpreted_decode.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    cases = [line.split() for line in done.stdout.splitlines()]
+    assert len(cases) == 33
+    for name, output, state, rest in cases:
+        assert float(output) < 1e-5, name
+        assert float(state) < 1e-5, name
+        assert float(rest) == 0, name
+
+
+def compiled(kernel, types: dict[str, str], constants: dict[str, object], arch: int, options: dict[str, int]):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    given = {name: constants.get(name) for name in names if name not in types}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "")[:1] == "*"}
+    return triton.compile(
+        ASTSource(kernel, signature, given, aligned), target=GPUTarget("cuda", arch, 32), options=options
+    )
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+def test_a_step_compiles_without_spills(width: int, tokens: int, arch: int) -> None:
+    from kimi_linear.kernels.triton.decode import decode_kernel, launch_of
+
+    launch, heads = launch_of(width, width, tokens, arch), 32
+    types = dict.fromkeys(("q", "k", "v", "gate", "beta", "out_gate", "weight", "window", "output"), "*bf16")
+    types |= dict.fromkeys(("taps_q", "taps_k", "taps_v"), "*bf16")
+    types |= dict.fromkeys(("A_log", "dt_bias", "memory"), "*fp32") | dict.fromkeys(("slots", "keep"), "*i32")
+    if launch.block < width:
+        types["scratch"] = "*fp32"
+    row = heads * width
+    constants = {"H": heads, "HV": heads, "K": width, "V": width, "BV": launch.block, "W": 4, "S": tokens, "GATE": 1}
+    constants |= {"LOWER_BOUND": 0.0, "SCALE": width**-0.5, "EPS": 1e-5, "ACTIVATION": 1, "HAS_SLOTS": True}
+    constants |= {"HAS_KEEP": tokens > 1, "MEMORY_SLOT": row * width, "WINDOW_SLOT": 9 * row}
+    for name, size in (("Q", row), ("K", row), ("V", row), ("G", row), ("BETA", heads), ("OG", row)):
+        constants |= {f"{name}_B": tokens * size, f"{name}_S": size if tokens > 1 else 0}
+    result = compiled(decode_kernel, types, constants, arch, launch.options)
+    assert result.metadata.shared <= STATIC_SHARED
+    assert resources(result.asm["cubin"])[1] == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("width", [32, 128, 256])
+def test_the_recurrent_kernel_compiles_without_spills(width: int, arch: int) -> None:
+    from kimi_linear.kernels.triton.recurrent_kda import TILE, recurrent_kernel
+
+    types = dict.fromkeys(("q", "k", "v", "gate", "output"), "*bf16") | {"slots": "*i32", "cu_seqlens": "*i64"}
+    types |= dict.fromkeys(("beta", "A_log", "dt_bias", "initial_state", "final_state"), "*fp32")
+    types |= {"scale": "fp32", "lower_bound": "fp32", "tokens": "i32"}
+    types |= {f"{name}_{axis}": "i32" for name in ("q", "k", "v", "g", "beta") for axis in "bt"}
+    constants = {"H": 4, "HV": 8, "K": width, "V": width, "BV": min(width, TILE // width), "GATE": 1, "NORMALIZE": True}
+    constants |= {"PACKED": True, "HAS_STATE": False, "HAS_SLOTS": True, "SLOT": 8 * width * width}
+    result = compiled(recurrent_kernel, types, constants, arch, {"num_warps": 1, "num_stages": 1})
+    assert result.metadata.shared <= STATIC_SHARED
+    assert resources(result.asm["cubin"])[1] == 0
