@@ -119,6 +119,15 @@ def _replace(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def needs_gpu() -> None:
+    """Ends the program, with status 0 and a word about it, where there is no CUDA device: there is nothing to measure."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"{command()}: needs a CUDA device, torch sees none; nothing measured")
+        raise SystemExit(0)
+
+
 def command() -> str:
     """The command line that runs this benchmark again from the repository root."""
     root = Path(__file__).parent.parent

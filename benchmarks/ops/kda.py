@@ -269,7 +269,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--gates", nargs="+", default=["init", "fast", "stress"], help="others than init, fast: checked"
     )
-    parser.add_argument("--seconds-budget", type=float, default=540.0, help="no new row is begun after so long")
+    parser.add_argument("--seconds-budget", type=float, default=480.0, help="no new row is begun after so long")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--fla", action=argparse.BooleanOptionalAction, default=True, help="where it is installed")
     parser.add_argument("--first-call", action=argparse.BooleanOptionalAction, default=on_gpu, help="with cold caches")

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# GPU tests and every GPU benchmark in one command, for a machine without network:  bash benchmarks/gpu.sh [part ...]
+#
+# Parts: tests (pytest -m gpu), or the name of a script in benchmarks/ops, such as kda. None: tests, then every script but
+# tune, which rewrites the kernels' table of configurations. Words after a colon go to the script:  bash benchmarks/gpu.sh tests 'kda: --mode forward --shapes targets' kda_decode
+#
+#   OUT      where logs and pages go        benchmarks/results
+#   PYTHON   the interpreter                python3; a package that is missing there can be put on PYTHONPATH
+#   SECONDS_EACH  time for one part         540
+#
+# A part that fails or runs out of time does not stop the others, and leaves what it had written; the status is then 1.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+: "${OUT:=benchmarks/results}" "${PYTHON:=python3}" "${SECONDS_EACH:=540}"
+export PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+log="$OUT/gpu.log"
+: >"$log"
+stamp=$(mktemp)
+trap 'rm -f "$stamp"' EXIT
+
+scripts() { # those that measure on a GPU: a name that begins with a letter, and no cpu in it
+  for file in benchmarks/ops/[a-z]*.py; do
+    name=$(basename "$file" .py)
+    case $name in *_cpu | shapes) ;; *) echo "$name" ;; esac
+  done
+}
+
+collect() { # pages that scripts wrote to their own folder
+  [ "$OUT" -ef benchmarks/results ] || find benchmarks/results -type f -newer "$stamp" -exec cp {} "$OUT/" \;
+}
+
+failed=()
+run() { # run NAME COMMAND...
+  local name=$1 start=$SECONDS status
+  shift
+  echo "== $name: $*" | tee -a "$log"
+  timeout --kill-after=10 "$SECONDS_EACH" "$@" 2>&1 | tee -a "$log"
+  status=${PIPESTATUS[0]}
+  collect
+  [ "$status" = 0 ] || failed+=("$name (status $status$([ "$status" = 124 ] && echo ", out of time"))")
+  echo "== $name: $((SECONDS - start)) s, status $status" | tee -a "$log"
+}
+
+"$PYTHON" - <<'END' 2>&1 | tee -a "$log"
+import sys, torch
+print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
+if not torch.cuda.is_available():
+    sys.exit("gpu.sh: expected a CUDA device, torch sees none; on a CPU run: make test, make bench")
+print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+END
+[ "${PIPESTATUS[0]}" = 0 ] || exit 2
+
+mapfile -t every < <(scripts)
+parts=("$@")
+if [ $# = 0 ]; then
+  parts=(tests)
+  for name in "${every[@]}"; do [ "$name" = tune ] || parts+=("$name"); done
+fi
+for part in "${parts[@]}"; do
+  name=${part%%:*}
+  words=()
+  [ "$name" = "$part" ] || read -ra words <<<"${part#*:}"
+  if [ "$name" = tests ]; then
+    # pytest-benchmark, where it is installed, warns beside xdist, and a warning is an error here.
+    run tests "$PYTHON" -m pytest -m gpu -q -p no:benchmark -p no:cacheprovider tests "${words[@]}"
+  elif [[ " ${every[*]} " == *" $name "* ]]; then
+    run "$name" "$PYTHON" -m "benchmarks.ops.$name" "${words[@]}"
+  else
+    echo "gpu.sh: expected tests or one of ${every[*]}, got $name" | tee -a "$log" >&2
+    failed+=("$name (no such part)")
+  fi
+done
+[ ${#failed[@]} = 0 ] && { echo "== all parts passed" | tee -a "$log"; exit 0; }
+printf '== failed: %s\n' "${failed[@]}" | tee -a "$log"
+exit 1
