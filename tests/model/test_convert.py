@@ -320,7 +320,18 @@ def test_nan_is_not_carried_over(tmp_path: Path) -> None:
     for to in ("release", "transformers"):
         with pytest.raises(CheckpointError, match=r"model.norm.weight: expected finite numbers"):
             converted(folder, tmp_path / "b", to=to)
-    assert not (tmp_path / "b").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_two_conversions_into_one_place_do_not_mix(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a")
+    first = write_conversion(plan_conversion(folder), tmp_path / "b")
+    next(first)
+    with pytest.raises(BlockingIOError, match="another conversion is writing"):
+        converted(folder, tmp_path / "b")
+    list(first)
+    assert same_tensors(tmp_path / "b", folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_fused_tensors_need_one_dtype(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ complete. An interrupted run leaves the finished shards there, and the same comm
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +188,7 @@ def write_conversion(
 
     Raises:
         FileExistsError: ``folder`` holds something. CheckpointError: the source holds NaN or changed meanwhile.
-        OSError: the disk is full or the like; what was finished is kept for the next run of the same conversion.
+        BlockingIOError: another conversion is writing there. OSError: the disk is full or the like; what was finished is kept for the next run of the same conversion.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -199,21 +201,44 @@ def write_conversion(
     work = target.parent / f".{target.name}.partial"
     shards = _shards(conversion, max_shard_bytes)
     try:
-        _resume(work, _fingerprint(conversion, shards))
-        _room(conversion, work)
-        yield from _weights(conversion, shards, work)
-        _rest(conversion, shards, work)
-        result = examine(work)
-        assert not result.errors, f"a conversion wrote a folder with a defect: {result.errors[0]}"
-        (work / PLAN_FILE).unlink()
-        _flush(work)
-        if target.exists():
-            target.rmdir()
-        os.rename(work, target)
+        with _locked(work):
+            _resume(work, _fingerprint(conversion, shards))
+            _room(conversion, work)
+            yield from _weights(conversion, shards, work)
+            _rest(conversion, shards, work)
+            result = examine(work)
+            assert not result.errors, f"a conversion wrote a folder with a defect: {result.errors[0]}"
+            (work / PLAN_FILE).unlink()
+            _flush(work)
+            if target.exists():
+                target.rmdir()
+            os.rename(work, target)
+    except CheckpointError:
+        # The source itself is at fault: no later run could go on from here.
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     except OSError as error:
-        if isinstance(error, FileExistsError):
+        if isinstance(error, BlockingIOError | FileExistsError):
             raise
-        raise OSError(error.errno, explain(error, target)) from error
+        kept = f"; the same command goes on from what is finished, in {work}" if work.exists() else ""
+        raise OSError(error.errno, explain(error, target) + kept) from error
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """One conversion at a time into one place: two would write the same unfinished files."""
+    path = work.with_suffix(".lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, f"another conversion is writing {work}; wait for it or choose another name"
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _refuse(source: Examination, repair: bool) -> None:
@@ -313,6 +338,7 @@ def _weights(conversion: Conversion, shards: Mapping[str, list[str]], work: Path
             yield Written(nbytes=done, name=name)
         unfinished = work / f"{file}.tmp"
         save_file(tensors, unfinished, metadata={"format": "pt"})
+        _sync(unfinished)  # a crash must not leave an empty file under a finished one's name
         os.replace(unfinished, work / file)
 
 
@@ -332,8 +358,12 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _flush(folder: Path) -> None:
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
