@@ -65,7 +65,9 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) -e .
 	@touch $@
 
-# The dev extra includes the core, so one stamp vouches for both.
+# The dev extra includes the core, so one stamp vouches for both. fla stays outside the environment: transformers would
+# call its GPU kernels on a CPU; one test puts it on the path of a process of its own.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) -e '.[dev]'
+	$(PIP) --quiet --upgrade --no-deps --target $(VENV)/oracles fla-core einops
 	@touch $(VENV)/.core $@

@@ -130,7 +130,7 @@ def test_bad_arguments(model: KimiLinear) -> None:
         integration.lm(model, ByteTokenizer(), batch_tokens=0)
     big = Named()
     big.vocab_size = 5000
-    with pytest.raises(ValueError, match="tokenizer: expected at most the model's 320 ids, got 5000"):
+    with pytest.raises(ValueError, match="tokenizer: expected at most the model's 257 ids, got 5000"):
         integration.lm(model, big)
     headless = KimiLinear(dataclasses.replace(model.config, bos_token_id=None))
     with pytest.raises(ValueError, match="prefix_id: expected a token to begin with"):

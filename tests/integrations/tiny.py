@@ -12,7 +12,8 @@ from kimi_linear.config import LinearConfig, MLAConfig, ModelConfig, MoEConfig, 
 from kimi_linear.data import ByteTokenizer
 from kimi_linear.model import KimiLinear
 
-VOCAB = 320
+VOCAB = 257
+"""The ids of the byte tokenizer, no more: what transformers draws our sampler may draw too."""
 LENGTH = 70
 """Tokens: more than a chunk of 64, and no multiple of it."""
 
