@@ -175,16 +175,16 @@ def decoded(model: KimiLinear, last: Tensor, state: ModelState, args: Args) -> f
     return seconds
 
 
-def compared(name: str, said: Footprint, got: Measured) -> list[tuple[str, str, str, str, float]]:
-    """Rows of predicted against measured memory, with the difference."""
+def compared(name: str, said: Footprint, got: Measured, tokens: int) -> list[tuple[str, str, str, str, float]]:
+    """Rows of predicted against measured memory, with the difference, after a prompt of ``tokens``."""
     rows = []
     for what, expected, found, unit, digits in (
         ("weights", said.weight_bytes / GIB, got.weight_bytes / GIB, "GiB", 3),
         ("state per sequence", said.state_bytes / 2**20, got.state_bytes / 2**20, "MiB", 3),
         ("cache per token", said.token_bytes, got.token_bytes, "bytes", 1),
     ):
-        # Full attention has no fixed state: there, what the allocator rounds up is held against the prompt's cache.
-        difference = (found - expected) / expected if expected else found / (said.token_bytes / 2**20)
+        # Full attention has no fixed state; what is found is held against the prompt's cache.
+        difference = (found - expected) / expected if expected else found * 2**20 / (said.token_bytes * tokens)
         rows.append((name, what, f"{expected:,.{digits}f} {unit}", f"{found:,.{digits}f} {unit}", difference))
     return rows
 
@@ -196,12 +196,9 @@ def run(args: Args) -> tuple[Path, float]:
     worst = 0.0
     for name, shape in ((args.preset, config), ("all full attention", baseline(config, "mla"))):
         said, got = footprint(shape), measure(shape, args)
-        for *cells, difference in compared(name, said, got):
-            if said.state_bytes or cells[1] != "state per sequence":
-                worst = max(worst, abs(difference))
-                rows.append([*cells, f"{difference:+.2%}"])
-            else:
-                rows.append([*cells, "none expected"])
+        for *cells, difference in compared(name, said, got, args.tokens):
+            worst = max(worst, abs(difference))
+            rows.append([*cells, f"{difference:+.2%}"])
         speeds = {
             "making the weights": f"{got.making:.1f} s",
             "the same prompt, first time": f"{got.first:.1f} s",

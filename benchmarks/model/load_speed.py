@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from benchmarks._report import write_report
+from benchmarks._report import RESULTS, write_report
 from kimi_linear.config import ModelConfig, replace
 from kimi_linear.engine.footprint import footprint
 from kimi_linear.folder import load, save
@@ -63,6 +63,8 @@ class Args:
     """Where the weights go."""
     where: Path = Path("runs")
     """Folder on the disk to measure."""
+    results: Path = RESULTS
+    """Folder for the page."""
     task: Task | None = None
     """One measurement of the folder ``where``, printed as JSON: what the benchmark starts for itself."""
 
@@ -160,9 +162,13 @@ def measure(task: Task, folder: Path, device: str) -> dict[str, Any]:
     result = calls[task]()
     if device != "cpu" and isinstance(result, KimiLinear):
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - since
-    peak = status("VmHWM")
-    found = {"seconds": seconds, "fetched": fetched() - before, "peak": peak, "before": rss}
+    seconds, got, peak = time.perf_counter() - since, fetched() - before, status("VmHWM")
+    size = sum(path.stat().st_size for path in paths)
+    if task != "load warm" and got < 0.9 * size:
+        raise RuntimeError(
+            f"{folder}: expected {size:,} bytes from storage, got {got:,}; is it in memory? Choose another"
+        )
+    found = {"seconds": seconds, "fetched": got, "peak": peak, "before": rss}
     if isinstance(result, KimiLinear):
         found["model"] = sum(p.nbytes for p in result.parameters())
         check(result, paths)
@@ -245,6 +251,7 @@ def report(runs: dict[Task, list[dict[str, Any]]], paths: list[Path], args: Args
         rows=rows,
         device=args.device,
         packages=["safetensors"],
+        folder=args.results,
     )  # fmt: skip
 
 

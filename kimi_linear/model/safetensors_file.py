@@ -116,7 +116,7 @@ def _tensor(path: Path, name: str, entry: object, start: int) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{name} has no dtype, shape and data_offsets, or more than those")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{name} is stored as {entry['dtype']!r}; quantised weights are not read")
+        raise CheckpointError(f"{name} is stored as {entry['dtype']!r}, which is not read")
     shape, offsets, dtype = _numbers(entry["shape"]), _numbers(entry["data_offsets"]), DTYPES[entry["dtype"]]
     if shape is None or len(shape) > MAX_DIMS:
         raise CheckpointError(f"{name} has no shape of at most {MAX_DIMS} sizes")
