@@ -7,7 +7,7 @@ The kernels' own preparation is not used: factors come from the definition, pair
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -51,15 +51,25 @@ class ScanInputs:
         """Every floating-point tensor by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and "cu_" not in name}
 
-    def long(self, times: int) -> ScanInputs:
-        """One sequence of ``times`` times the length, the same chunks again and again: for timing long ones."""
-        assert len(self.lengths) == 1
-        assert self.lengths[0] % CHUNK == 0
-        assert self.cu_seqlens is None
-        names = ("erase", "u", "read", "write", "pairs_q", "decay")
-        more = {name: torch.cat([getattr(self, name)] * times) for name in names}
-        return replace(
-            self, d_output=torch.cat([self.d_output] * times, dim=1), lengths=(self.lengths[0] * times,), **more
+    def repeated(self, *, heads: int = 1, times: int = 1) -> ScanInputs:
+        """Larger ones for timing: every head ``heads`` times, and one sequence's chunks again and again, ``times`` times."""
+        if times > 1 and (len(self.lengths) != 1 or self.lengths[0] % CHUNK):
+            raise ValueError(
+                f"times: expected one sequence of whole chunks of {CHUNK} tokens to repeat, got lengths {self.lengths}"
+            )
+        grown: dict[str, Tensor] = {}
+        for name, value in self.tensors().items():
+            by_token, by_state = name == "d_output", name.endswith("_state")
+            shape = [1] * value.ndim
+            shape[2 if by_token else 1] = heads
+            if not by_state:
+                shape[1 if by_token else 0] = times
+            grown[name] = value.repeat(shape)
+        return ScanInputs(
+            **grown,
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens * times,
+            cu_chunks=None if self.cu_chunks is None else self.cu_chunks * times,
+            lengths=tuple(length * times for length in self.lengths),
         )
 
 

@@ -115,6 +115,7 @@ def scan(
     erase: Tensor, u: Tensor, read: Tensor, write: Tensor, pairs_q: Tensor, decay: Tensor, initial_state: Tensor | None,
     output: Tensor, cu_seqlens: Tensor | None, cu_chunks: Tensor | None, *, save: bool = False,
     export: Sequence[tuple[int, int]] = (), cut: Cut | None = None, config: Config | None = None,
+    build_config: Config | None = None,
 ) -> ScanResult:  # fmt: skip
     """Walk over the chunks, filling ``output``. Every tensor is contiguous; the caller has checked shapes and dtypes.
 
@@ -127,7 +128,7 @@ def scan(
             ``chunks`` may be more than there are. None: every row of B is a sequence.
         save: keep what the backward pass needs.
         export: pairs of a sequence and a number of its tokens, a multiple of C between C and its length, no pair twice.
-        cut, config: instead of the chosen ones, for benchmarks and tests.
+        cut, config, build_config: instead of the chosen ones, for benchmarks and tests.
     """
     (batch, tokens), (chunks, v_heads, _, key_dim), value_dim = output.shape[:2], erase.shape, u.shape[3]
     packed = cu_seqlens is not None
@@ -141,8 +142,9 @@ def scan(
     offsets, operators = None, None
     if plans.boundaries:
         offsets, operators = build(
-            erase, u, write, decay, initial_state, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens
-        )
+            erase, u, write, decay, initial_state, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens,
+            config=build_config,
+        )  # fmt: skip
         combine(
             offsets, operators, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens, reverse=False
         )

@@ -110,11 +110,12 @@ def combine(
 ) -> None:  # fmt: skip
     """``offsets`` become states at the boundaries, in place; ``reverse``: gradients with respect to them."""
     v_heads, value_dim, key_dim = offsets.shape[1:]
-    config = config_of("kda_scan_combine", offsets, shape_class(key_dim, offsets.dtype))
+    config = config_of("kda_scan_combine", offsets, "any")
     block = config["BV"]
     combine_kernel[(value_dim // block * v_heads * sequences,)](
         offsets, operators, cu_seqlens, cu_chunks, tokens, plan.cut.most, plan.cut.least, plan.apart,
-        v_heads, key_dim, value_dim, block, plan.cut.FEWEST, cu_seqlens is not None, reverse, "tf32x3",
+        v_heads, key_dim, value_dim, block, config["BK"], plan.cut.FEWEST, cu_seqlens is not None, reverse,
+        config.num_stages, "tf32x3",
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -229,8 +230,8 @@ def build_kernel(
 @triton.jit(do_not_specialize=["tokens", "most", "least", "apart"])
 def combine_kernel(
     offsets, operators, cu_seqlens, cu_chunks, tokens, most, least, apart,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
-    PACKED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FEWEST: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Offsets become states at the boundaries, in order; REVERSE: gradients with respect to them, from the last.
 
@@ -243,20 +244,23 @@ def combine_kernel(
         return
     begin = first_boundary(n, first, least, apart)
     dim_k, dim_v = tl.arange(0, K), part * BV + tl.arange(0, BV)
-    at = begin
-    if REVERSE:
-        at = begin + bounds - 1
     place = dim_v[:, None] * K + dim_k[None, :]
-    state = tl.load(offsets + (at.to(tl.int64) * HV + hv) * V * K + place)
     for i in range(1, bounds):
         if REVERSE:
-            at = begin + bounds - 1 - i
-            base = operators + ((at + 1).to(tl.int64) * HV + hv) * K * K
-            operator = tl.load(base + dim_k[None, :] * K + dim_k[:, None])
+            at, before = begin + bounds - 1 - i, begin + bounds - i
+            operator = operators + (before.to(tl.int64) * HV + hv) * K * K
         else:
-            at = begin + i
-            base = operators + (at.to(tl.int64) * HV + hv) * K * K
-            operator = tl.load(base + dim_k[:, None] * K + dim_k[None, :])
+            at, before = begin + i, begin + i - 1
+            operator = operators + (at.to(tl.int64) * HV + hv) * K * K
         target = offsets + (at.to(tl.int64) * HV + hv) * V * K + place
-        state = tl.dot(state, operator, tl.load(target), input_precision=PRECISION)
+        entering = offsets + ((before.to(tl.int64) * HV + hv) * V + dim_v)[:, None] * K
+        state = tl.load(target)
+        for block in tl.range(K // BK, num_stages=STAGES):
+            dim = block * BK + tl.arange(0, BK)
+            if REVERSE:
+                b_operator = tl.load(operator + dim_k[None, :] * K + dim[:, None])
+            else:
+                b_operator = tl.load(operator + dim[:, None] * K + dim_k[None, :])
+            state = tl.dot(tl.load(entering + dim[None, :]), b_operator, state, input_precision=PRECISION)
         tl.store(target, state)
+        tl.debug_barrier()  # the next step reads what other threads of this program have just stored
