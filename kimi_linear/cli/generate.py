@@ -1,4 +1,4 @@
-"""``kimi-linear generate``: continue a prompt with the newest model, or with the one that is named."""
+"""``kimi-linear generate``: one prompt, one text, from the newest model or the one that is named."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from kimi_linear.cli.console import closing, memory, parse, stderr
 from kimi_linear.cli.folders import model_folder
 from kimi_linear.engine.config import SamplingConfig
 
+BEGINNING, GREETING = "def ", "Hello"
+"""What is continued, or said, where no prompt is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArgs:
     """Flags of ``generate``."""
 
-    prompt: tyro.conf.Positional[str] = "def "
-    """Text to continue; "-" reads it from standard input."""
+    prompt: tyro.conf.Positional[str | None] = None
+    """Text to continue, or a message to a model with a chat template; "-" reads it from standard input."""
+    raw: bool = False
+    """Continue the prompt as plain text, also where the model has a chat template."""
     model: Path | None = None
     """Folder of a model or of a run; the newest under runs/ where None."""
     device: str = "auto"
@@ -39,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     console.print(f"{folder}", style="dim")
 
     from kimi_linear.cli.device import pick_device
+    from kimi_linear.data import ChatFormat
     from kimi_linear.engine import stream
     from kimi_linear.folder import load
 
@@ -46,11 +52,17 @@ def main(argv: Sequence[str]) -> None:
     if tokenizer is None:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, found none; it reads ids, not text")
     how = args.sampling
+    chat = tokenizer.chat_template is not None and not args.raw
+    text = prompt if prompt is not None else GREETING if chat else BEGINNING
+    if chat:
+        console.print("the prompt is a message in the model's chat template; --raw continues it as text", style="dim")
+    given = ChatFormat(tokenizer).encode([{"role": "user", "content": text}]) if chat else text
     pieces = stream(
-        model, tokenizer, prompt, max_tokens=how.max_tokens, temperature=how.temperature, top_k=how.top_k,
+        model, tokenizer, given, max_tokens=how.max_tokens, temperature=how.temperature, top_k=how.top_k,
         top_p=how.top_p, seed=how.seed, stop=how.stop,
     )  # fmt: skip
-    print(prompt, end="", flush=True)
+    if not chat:  # an answer does not go on where the question ends
+        print(text, end="", flush=True)
     try:
         for piece in pieces:
             print(piece, end="", flush=True)

@@ -17,7 +17,7 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     A message is ``{"role": ..., "content": ...}``. The content is a text, a list of ``{"type": "text", "text": ...}``, or
     absent beside ``tool_calls``, which look as in OpenAI's API; a call without an ``id`` is given the release's,
     ``functions.NAME:INDEX``, with the running number of the call in the chat. A message of role ``tool`` has the
-    ``tool_call_id`` that it answers. Other keys are passed on.
+    ``tool_call_id`` that it answers. Other keys are passed on; one that is None counts as absent.
 
     Raises:
         ValueError, TypeError: something else; the message names the place.
@@ -32,7 +32,7 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
             raise TypeError(f"{where}: expected an object with a role and content, got {_show(message)}")
-        values = {key: value for key, value in plain(message, where).items() if value is not None}
+        values = {k: v for k, v in plain(message, where).items() if v is not None or k == "content"}
         _text(values, "role", where)
         if "name" in values:
             _text(values, "name", where)
@@ -45,7 +45,8 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
                 )
             values["tool_calls"] = _tool_calls(values["tool_calls"], f"{where}.tool_calls", calls)
             calls += len(values["tool_calls"])
-        values["content"] = _content(values.get("content"), f"{where}.content", optional=bool(values.get("tool_calls")))
+        content = _content(values.get("content"), f"{where}.content", optional=bool(values.get("tool_calls")))
+        values |= {"content": content} if "content" in values else {}
         done.append(values)
     return done
 
@@ -114,7 +115,8 @@ def _tool_calls(value: Any, where: str, first: int) -> list[dict[str, Any]]:
                 f"{where}[{i}].function.arguments: expected JSON as a text or an object, "
                 f"got {_show(function.get('arguments'))}"
             )
-        call = {"type": "function", "id": f"functions.{function['name']}:{first + i}"} | call
+        call.setdefault("type", "function")
+        call.setdefault("id", f"functions.{function['name']}:{first + i}")
         _text(call, "id", f"{where}[{i}]")
         if call["type"] != "function":
             raise ValueError(f"{where}[{i}].type: expected 'function', got {_show(call['type'])}")

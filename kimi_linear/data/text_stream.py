@@ -77,3 +77,34 @@ class WindowStream:
         piece = self._decode(self._window)[self._emitted :]
         self._window, self._emitted = [], 0
         return piece
+
+
+class FallbackStream:
+    """For vocabularies of words, in which ids that stand for single bytes spell what is no word.
+
+    Their ``decode`` takes a run of bytes as a whole: one that is broken anywhere is U+FFFD everywhere. Here the bytes are
+    read one by one, and ``decode`` is asked only what a word adds to the ids before it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], meaning: Callable[[int], bytes | str | None]) -> None:
+        """``decode`` of some ids; ``meaning`` of an id: its byte, None where it is not in the vocabulary, "" for a word."""
+        self._decode, self._meaning = decode, meaning
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._before: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Text that ``token`` completes; a word or an unknown id ends a character that was begun."""
+        meaning = self._meaning(token)
+        if meaning is None:
+            return self.finish() + UNKNOWN
+        known = self._before
+        self._before = [*known[-_KEPT:], token]
+        if isinstance(meaning, bytes):
+            return self._utf8.decode(meaning)
+        return self.finish() + self._decode([*known, token])[len(self._decode(known)) :]
+
+    def finish(self) -> str:
+        """U+FFFD for a character that was never completed."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text

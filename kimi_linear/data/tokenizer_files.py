@@ -11,6 +11,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from kimi_linear.config.json_file import parse_json_object
+
 CONFIG_FILE = "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -128,16 +130,8 @@ class Companions:
     def _json(self, name: str) -> dict[str, Any]:
         if name not in self.blobs:
             return {}
-        path = self.folder / name
-        try:
-            values = json.loads(_text(self.blobs[name], path))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: expected JSON, got a file that does not parse ({error}); restore the file"
-            ) from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        return values
+        source = self.folder / name
+        return parse_json_object(self.blobs[name], source, error=ValueError, what="restore the file")
 
 
 def write_json(path: Path, value: object) -> None:

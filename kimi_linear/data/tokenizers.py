@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from kimi_linear.data.text_stream import UNKNOWN, ByteStream, StreamDecoder, WindowStream
+from kimi_linear.data.text_stream import UNKNOWN, ByteStream, FallbackStream, StreamDecoder, WindowStream
 from kimi_linear.data.tiktoken import RANKS_FILE, TiktokenTokenizer
 from kimi_linear.data.tokenizer_files import (
     CONFIG_FILE,
@@ -182,6 +182,9 @@ class HFTokenizer:
         self.end_ids = companions.end_ids(self.vocab_size) | ({self.eos_id} if self.eos_id is not None else set())
         added = tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        falls_back = b"ByteFallback" in tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else False
+        spelled = {f"<0x{byte:02X}>": bytes((byte,)) for byte in range(256)} if falls_back else {}
+        self._bytes = {vocabulary[name]: byte for name, byte in spelled.items() if name in vocabulary}
         self.named_tokens = companions.named_tokens
         self.chat_template = companions.chat_template
 
@@ -241,11 +244,14 @@ class HFTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, special tokens spelled out; an id that is not in the vocabulary becomes U+FFFD."""
+        if self._bytes:
+            decoder = self.decoder()
+            return "".join([decoder.push(token) for token in ids]) + decoder.finish()
         # The library drops unknown ids without a word, so the text is decoded in the runs between them.
         pieces: list[str] = []
         run: list[int] = []
         for token in ids:
-            if token >= 0 and self._tokenizer.id_to_token(token) is not None:
+            if self._meaning(token) is not None:
                 run.append(token)
             else:
                 pieces += [self._decode_run(run), UNKNOWN]
@@ -254,12 +260,16 @@ class HFTokenizer:
 
     def decoder(self) -> StreamDecoder:
         """A fresh streaming decoder."""
-        return WindowStream(self.decode)
+        return FallbackStream(self._decode_run, self._meaning) if self._bytes else WindowStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and the companion files that were loaded with it, unchanged."""
         (Path(folder) / _MODEL_FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
         self._companions.save(folder)
+
+    def _meaning(self, token: int) -> bytes | str | None:
+        known = token >= 0 and self._tokenizer.id_to_token(token) is not None
+        return self._bytes.get(token, "") if known else None
 
     def _decode_run(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
