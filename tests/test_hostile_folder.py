@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,13 +22,19 @@ from kimi_linear.model.checkpoint import CheckpointError
 SMALL = kl.ModelConfig.preset("tiny-moe", hidden_size=32, moe={"expert_size": 16})
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "m"
+    kl.save(kl.KimiLinear(SMALL, seed=0), folder, ByteTokenizer())
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    kl.save(kl.KimiLinear(SMALL, seed=0), tmp_path / "m", ByteTokenizer())
-    return tmp_path / "m"
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "m"))
 
 
-def edit(folder: Path, *, own: bool = False, linear: dict[str, Any] | None = None, **changes: Any) -> None:
+def edit(folder: Path, *, own: bool = False, linear: Any = None, **changes: Any) -> None:
     """Change keys of config.json; our own part, which would contradict them, is left out unless asked for."""
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
@@ -37,7 +44,7 @@ def edit(folder: Path, *, own: bool = False, linear: dict[str, Any] | None = Non
     path.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("size", [10**6, 10**9, 10**12, 10**30, -1, 0, "32", 32.5, True, [32]])
+@pytest.mark.parametrize("size", [10**6, 10**12, 10**30, -1, "32", True])
 @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_hidden_layers", "num_experts", "kv_lora_rank"])
 def test_an_absurd_size_is_refused_at_once(folder: Path, key: str, size: object) -> None:
     edit(folder, **{key: size})

@@ -19,6 +19,13 @@ def test_context_bytes_are_those_of_a_state(name, tokens):
     assert footprint(config).context_bytes(tokens) == state.nbytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weight_bytes_are_those_of_a_model(dtype):
+    model = KimiLinear(preset("tiny-moe")).to(dtype)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert footprint(preset("tiny-moe"), dtype).weight_bytes == sum(storages.values())
+
+
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit():
     config = preset("tiny-moe")
     cost = footprint(config)
@@ -32,6 +39,8 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit():
 def test_the_released_model():
     cost = footprint(preset("kimi-linear-48b-a3b"))
     assert cost.parameters == 49_122_681_728
+    # bf16, but for A_log and dt_bias of 20 layers and the bias of 26 routers.
+    assert cost.weight_bytes == 2 * 49_122_681_728 + 2 * (20 * (32 + 4096) + 26 * 256)
     # 20 KDA layers of 32 x 128 x 128 fp32 and a window of 3 x 12,288 bf16; 7 latents of 576 bf16 per token.
     assert cost.state_bytes == 20 * (32 * 128 * 128 * 4 + 3 * 12_288 * 2)
     assert cost.token_bytes == 7 * 576 * 2

@@ -182,7 +182,7 @@ def test_no_more_is_believed_than_the_library_believes(tmp_path: Path, blob: byt
 )
 @given(blob=files())
 def test_no_less_is_believed_either(tmp_path: Path, blob: bytes) -> None:
-    """A file that the library reads is read here, but for a name that its header gives twice."""
+    """A file that the library reads is read here."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(blob)
     try:
@@ -190,10 +190,7 @@ def test_no_less_is_believed_either(tmp_path: Path, blob: bytes) -> None:
             theirs = set(file.keys())
     except SafetensorError:
         return
-    try:
-        assert set(read_header(path)) == theirs
-    except CheckpointError as error:
-        assert "twice" in str(error), error
+    assert set(read_header(path)) == theirs
 
 
 def in_shards(model: KimiLinear, folder: Path) -> dict[str, str]:
@@ -256,7 +253,7 @@ def test_links_inside_the_folder_and_of_the_hub_cache_are_followed(tmp_path: Pat
     (snapshot / "model.safetensors").unlink()
     os.symlink("../../secrets", snapshot / "model.safetensors")
     (tmp_path / "models--a--b" / "secrets").write_bytes((blobs / "cafe").read_bytes())
-    with pytest.raises(CheckpointError, match="got a link to .*secrets"):
+    with pytest.raises(CheckpointError, match=r"got a link to .*secrets"):
         load_weights(empty(), snapshot)
 
 
