@@ -174,7 +174,8 @@ def _check_stored(stored: dict[str, StoredTensor], wanted: dict[str, Tensor], *,
     for name, tensor in stored.items():
         if name not in wanted:
             raise CheckpointError(
-                f"{name}: not a tensor of this model, found in {tensor.path}; is config.json its own?"
+                f"{name}: not a tensor of this model, found in {tensor.path}; is config.json its own? "
+                f"'kimi-linear check {tensor.path.parent}' names every defect and says which can be repaired"
             )
         target = wanted[name]
         if tensor.shape != target.shape:
@@ -196,7 +197,8 @@ def _check_stored(stored: dict[str, StoredTensor], wanted: dict[str, Tensor], *,
     if missing:
         where = next(iter(stored.values())).path.parent if stored else "files without tensors"
         raise CheckpointError(
-            f"{min(missing)}: missing from {where} ({len(missing)} tensors are); is config.json of the same model?"
+            f"{min(missing)}: missing from {where} ({len(missing)} tensors are); is config.json of the same model? "
+            f"'kimi-linear check {where}' names every defect and says which can be repaired"
         )
 
 

@@ -21,6 +21,9 @@ from kimi_linear.model.safetensors_file import CheckpointError
 
 from .foreign import KDA_ONLY, SMALL, config_of, edit_config, edit_tensors, logits_here, same_tensors, saved, tensors_of
 
+# Nothing here has shapes in its signature, and the checks of every small function would take half the time.
+pytestmark = pytest.mark.unchecked_shapes
+
 A_LOG = "model.layers.0.self_attn.A_log"
 INDEX = "model.safetensors.index.json"
 

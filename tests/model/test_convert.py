@@ -34,6 +34,9 @@ from .foreign import (
     tensors_of,
 )  # fmt: skip
 
+# Nothing here has shapes in its signature, and the checks of every small function would take half the time.
+pytestmark = pytest.mark.unchecked_shapes
+
 MOE = "model.layers.1"
 
 
