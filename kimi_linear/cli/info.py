@@ -37,7 +37,7 @@ def _machine() -> None:
     import torch
 
     from kimi_linear import __version__
-    from kimi_linear.ops.dispatch import AVAILABLE, OpFacts, choose_impl
+    from kimi_linear.ops.dispatch import AVAILABLE, STEP_OPS, OpFacts, choose_impl
 
     out = stdout()
     rows = [
@@ -70,15 +70,16 @@ def _machine() -> None:
     cuda = torch.cuda.is_available()
     choices = []
     for op in AVAILABLE:
+        step = op in STEP_OPS or op.startswith("recurrent")
         facts = OpFacts(
             op=op,
             device="cuda" if cuda else "cpu",
             arch=torch.cuda.get_device_capability() if cuda else None,
             dtype="bfloat16" if cuda else "float32",
-            tokens=1 if op.startswith("recurrent") else 4096,
+            tokens=1 if step else 4096,
             key_dim=128,
             value_dim=128,
-            needs_grad=not op.startswith("recurrent"),
+            needs_grad=not step,
         )
         choice = choose_impl(facts)
         choices.append({"operation": op, "impl": choice.impl, "why": choice.reason})

@@ -96,7 +96,7 @@ class LinearMixer(KeepsFP32):
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens of each sequence. With ``state``, continue from it and leave the new state in it."""
         q, k, v, window = self.project(x, cu_seqlens=cu_seqlens, state=state)
-        initial_state = None if state is None else state.recurrent
+        initial_state = None if state is None else state.read()[0]
         recurrent = state is not None and x.shape[1] <= RECURRENT_TOKENS
         output, final_state = self.mix(
             x, q, k, v, initial_state=initial_state, cu_seqlens=cu_seqlens, recurrent=recurrent
@@ -126,7 +126,7 @@ class LinearMixer(KeepsFP32):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k, v [B, T, HV, V] after convolution and SiLU, and the convolution's new window."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        window = None if state is None else state.conv
+        window = None if state is None else state.read()[1]
         if x.is_cuda and self.shape.conv_size:
             # Three products, and one kernel that convolves all three where they lie: no weight or result is joined.
             q, k, v = (projection(x) for projection in projections)

@@ -21,35 +21,53 @@ FIRST_CAPACITY = 64
 class KDAState:
     """Fixed-size state of one linear-attention layer: KDA, and equally GDN and Mamba-2.
 
+    Without ``slots`` row n belongs to sequence n, and the first dim is N. With them the tensors are a pool that others
+    may share, and ``slots`` says which rows are this state's.
+
     Attributes:
         recurrent: [N, HV, V, K], the memory, value-major, fp32 (fp64 in an fp64 model).
         conv: [N, 2*H*K + HV*V, W-1], the last inputs of the short convolution on q, k and v, oldest first; the last
             dim is empty where the layer has no convolution.
+        slots: [N] int32 or int64, the row of each sequence in a pool.
     """
 
-    recurrent: Float[Tensor, "N HV V K"]
-    conv: Float[Tensor, "N channels window"]
+    recurrent: Float[Tensor, "slots HV V K"]
+    conv: Float[Tensor, "slots channels window"]
+    slots: Int[Tensor, "N"] | None = None
 
     @property
     def batch_size(self) -> int:
         """N, sequences."""
-        return self.recurrent.shape[0]
+        return len(self.recurrent if self.slots is None else self.slots)
+
+    def read(self) -> tuple[Float[Tensor, "N HV V K"], Float[Tensor, "N channels window"]]:
+        """(memory, window) of each sequence in turn: the tensors themselves, or copies out of the pool."""
+        if self.slots is None:
+            return self.recurrent, self.conv
+        rows = self.slots.long()
+        return self.recurrent[rows], self.conv[rows]
 
     def write(self, recurrent: Tensor, conv: Tensor) -> None:
-        """Take the state after the latest tokens. The tensors are replaced, never written into, so that autograd
-        may still hold the old ones and clones of a state stay apart."""
-        self.recurrent, self.conv = recurrent, conv
+        """Take the state after the latest tokens. Without ``slots`` the tensors are replaced, not written into, so that
+        autograd may still hold the old ones. A pool is written into, and so is every state by ``kda_decode``."""
+        if self.slots is None:
+            self.recurrent, self.conv = recurrent, conv
+            return
+        rows = self.slots.long()
+        self.recurrent[rows], self.conv[rows] = recurrent, conv.to(self.conv.dtype)
 
     def nbytes(self) -> int:
-        """Bytes held, the same at every context length."""
-        return self.recurrent.nbytes + self.conv.nbytes
+        """Bytes of this state's sequences, the same at every context length."""
+        return self.batch_size * (self.recurrent[:1].nbytes + self.conv[:1].nbytes)
 
     def clone(self) -> KDAState:
-        """An independent copy."""
-        return KDAState(recurrent=self.recurrent.clone(), conv=self.conv.clone())
+        """An independent copy, with rows of its own."""
+        recurrent, conv = self.read()
+        return KDAState(recurrent=recurrent.clone(), conv=conv.clone())
 
     def select(self, rows: Int[Tensor, "M"]) -> KDAState:
-        """The state of ``rows``, in their order; a row may be taken more than once."""
+        """A copy of the state of ``rows``, in their order; a row may be taken more than once."""
+        rows = rows if self.slots is None else self.slots.long()[rows]
         return KDAState(recurrent=self.recurrent[rows], conv=self.conv[rows])
 
 

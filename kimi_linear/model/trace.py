@@ -79,7 +79,7 @@ def _hook(kept: list[KDATrace]) -> Any:
 def _trace(layer: KDA, x: Tensor, *, cu_seqlens: Tensor | None, state: Any) -> KDATrace:
     q, k, v, _ = layer.project(x, cu_seqlens=cu_seqlens, state=state)
     g, beta = log_decay(layer.gate(x)), layer.beta(x)
-    memory = None if state is None else state.recurrent
+    memory = None if state is None else state.read()[0]
     error, _ = over_sequences(by_token(_error_step), (q, l2_normalize(k), wide(v), g, beta), 1.0, memory, cu_seqlens)
     return KDATrace(log_decay=g, beta=beta, error=error.norm(dim=-1), value=wide(v).norm(dim=-1))
 

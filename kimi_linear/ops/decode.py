@@ -220,9 +220,8 @@ def _triton(step: Step, bound: float | None, eps: float, activation: GateActivat
         else:
             with torch.cuda.device(device):
                 launch(now, out)
-        for x in (now.memory, now.window):
-            if not x.is_inference():
-                torch.autograd.graph.increment_version(x)  # or a graph that saved it would read the new values
+        # Or a graph that saved one of them would read the new values and not notice.
+        torch.autograd.graph.increment_version([x for x in (now.memory, now.window) if not x.is_inference()])
 
     return run
 

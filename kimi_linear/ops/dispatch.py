@@ -43,6 +43,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 STEP_OPS = ("kda_decode", "recurrent_kda")
 """Operations that go token by token in one kernel, on any dtype of 16 or 32 bits and any architecture from sm_80 up."""
+STEP_TOKENS = 8
+"""Most tokens of a sequence in one ``kda_decode``."""
 STEP_DIMS = (32, 64, 128, 256)
 STEP_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -136,6 +138,8 @@ def why_not_triton(facts: OpFacts) -> str | None:
 
 
 def _why_no_triton_step(facts: OpFacts) -> str | None:
+    if facts.op == "kda_decode" and facts.tokens > STEP_TOKENS:
+        return f"expected at most {STEP_TOKENS} tokens, got {facts.tokens}; use chunk_kda or recurrent_kda"
     if facts.arch is None or facts.arch < (8, 0):
         return f"expected compute capability 8.0 or more, got {facts.arch}; use impl='auto'"
     if facts.needs_grad:

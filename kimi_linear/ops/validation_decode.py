@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kimi_linear.ops.dispatch import STEP_TOKENS
 from kimi_linear.ops.validation import (
     check_choice,
     check_device,
@@ -19,7 +20,6 @@ from kimi_linear.ops.validation import (
     shape_of,
 )
 
-MOST_TOKENS = 8
 CALLED = {
     "gate": "gate.x",
     "out_gate": "norm.gate",
@@ -42,9 +42,9 @@ def check_decode(named: Mapping[str, Tensor | None], lower_bound: float | None, 
     q, k, v, beta = (tensors[name] for name in ("q", "k", "v", "beta"))
     batch, tokens, v_heads, value_dim, key_dim = check_qkv(q, k, v, beta)
     heads, channels = q.shape[2], 2 * q.shape[2] * key_dim + v_heads * value_dim
-    if not 1 <= tokens <= MOST_TOKENS:
+    if not 1 <= tokens <= STEP_TOKENS:
         raise ValueError(
-            f"q: expected S in 1..{MOST_TOKENS} tokens, got {tokens}; use chunk_kda or recurrent_kda for more"
+            f"q: expected S in 1..{STEP_TOKENS} tokens, got {tokens}; use chunk_kda or recurrent_kda for more"
         )
     check_choice("norm.activation", activation, ("sigmoid", "swish", "none"))
     if ("norm.gate" in tensors) != (activation != "none"):

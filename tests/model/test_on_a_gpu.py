@@ -7,6 +7,7 @@ import torch
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.model import KimiLinear
+from kimi_linear.model.kda import KDA
 from kimi_linear.testing.tolerances import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -69,3 +70,20 @@ def test_bf16_model_keeps_its_gates_in_fp32() -> None:
     assert torch.equal(twin.blocks[0].self_attn.A_log, gates)
     with torch.no_grad():
         assert relative_error(twin(tokens.cuda()).float().cpu(), exact) < 0.03
+
+
+def test_a_bf16_model_decodes_through_the_fused_step() -> None:
+    """The same logits as its own path, and its states stay where they are, as a CUDA graph needs."""
+    config = ModelConfig.preset("tiny", linear={"num_heads": 2, "head_dim": 64})
+    model = KimiLinear(config, seed=0).cuda().bfloat16()
+    layer, tokens = model.blocks[0].self_attn, torch.randint(0, 256, (2, 40), device="cuda")
+    assert isinstance(layer, KDA)
+    with torch.no_grad():
+        whole = model(tokens).float()
+        state = model.make_state(2)
+        assert layer.steps(torch.zeros(2, 1, 128, dtype=torch.bfloat16, device="cuda"), state.layers[0])
+        model(tokens[:, :30], state=state)
+        memory = state.layers[0].recurrent
+        pieces = [model(part, state=state).float() for part in tokens[:, 30:].split([1, 1, 4, 4], dim=1)]
+        assert state.layers[0].recurrent is memory
+    assert relative_error(torch.cat(pieces, dim=1), whole[:, 30:]) < 0.03
