@@ -78,7 +78,10 @@ def _on_device(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def _no_gradient(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(f"{NAMESPACE}::{name}: expected no gradient to be asked for, since there is none; detach")
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} has no derivative, since the operations are differentiable once; a second derivative needs "
+            "impl='reference', where there is one"
+        )
 
     return backward
 
