@@ -35,7 +35,9 @@ def results(case: Case, run: Callable[..., tuple[Tensor, ...]], dtype: torch.dty
     narrow = next(iter(case.leaves.values())).dtype
     sent = [torch.randn(y.shape, generator=random).to(narrow).to(y.device, y.dtype) for y in outputs]
     used = [(y, dy) for y, dy in zip(outputs, sent, strict=True) if y.requires_grad and y.numel()]
-    gradients = torch.autograd.grad([y for y, _ in used], list(leaves.values()), [dy for _, dy in used])
+    gradients = torch.autograd.grad(
+        [y for y, _ in used], list(leaves.values()), [dy for _, dy in used], allow_unused=True, materialize_grads=True
+    )
     named = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return named | {f"d {name}": g for name, g in zip(leaves, gradients, strict=True)}
 
