@@ -11,15 +11,21 @@ RUNS = Path("runs")
 def model_folder(named: Path | None, root: Path = RUNS) -> Path:
     """The model folder to use: ``named``, or the newest below it or below ``root``.
 
-    A model folder holds config.json and safetensors; a run's folder holds checkpoints that do.
+    A model folder holds config.json and safetensors; a run's folder holds checkpoints that do. A name of the hub
+    (``kimi_linear.model.hub``) is downloaded first.
 
     Raises:
-        FileNotFoundError: there is none; the message says how to make one.
+        FileNotFoundError: there is none; the message says how to make one. Others, for a name of the hub, as
+            ``kimi_linear.load``.
     """
     if named is not None:
         if is_model(named):
             return named
         if not named.is_dir():
+            from kimi_linear.model.hub import is_hub_name, local_folder  # torch comes along
+
+            if is_hub_name(str(named)):
+                return local_folder(str(named))
             raise FileNotFoundError(f"{named}: expected a model folder, got nothing there; try one of those in {root}/")
     where = root if named is None else named
     found = [path.parent for path in where.rglob("config.json") if is_model(path.parent) and not _hidden(path, where)]

@@ -124,6 +124,7 @@ def test_info_shows_what_the_released_model_costs(capsys):
     assert main(["info", "--preset", "kimi-linear-48b-a3b"]) == 0
     out = capsys.readouterr().out
     assert "49,122,681,728" in out
+    assert re.search(r"weights\s+91.5 GiB\s+\d+.\d GiB", out)
     assert re.search(r"cache per token\s+7.9 KiB\s+30.4 KiB", out)
 
 
