@@ -48,7 +48,10 @@ def speed_row(record: dict, bandwidth: float) -> list[object]:
     best = times.get(record["auto"])
     if best is None:
         return [record["shape"], record["gate"], f"{record['auto']}: {notes[record['auto']]}", *["–"] * 10]
-    verdict = "" if not wrong_choices([record]) else f", but {record['fastest']} is faster"
+    timed = [name for name in times if name not in ("fla", "sdpa")]
+    verdict = ", the fastest" if len(timed) > 1 else ", alone timed"
+    if wrong_choices([record]):
+        verdict = f", but {record['fastest']} is faster"
     ratio = {name: f"{times[name] / best:.2f}" if name in times else "–" for name in ("fla", "sdpa")}
     return [
         record["shape"],

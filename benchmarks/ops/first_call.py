@@ -24,6 +24,7 @@ import torch
 
 from benchmarks._report import RESULTS, write_report
 from kimi_linear import ops
+from kimi_linear.testing.decode import decode_inputs
 from kimi_linear.testing.factories import kda_inputs
 
 LIMIT = 5.0
@@ -33,6 +34,8 @@ REPEATED = 0.25
 LENGTHS = (1000, 1001, 17, 2048, 4100)
 """Tokens; the first is the first call's. Odd, short, a multiple of every block, and longer."""
 HEADS, DIM = 4, 128
+PATIENCE = 180
+"""Seconds after which a process is given up."""
 
 
 def _chunk(tokens: int, device: str, *, backward: bool) -> Callable[[], object]:
@@ -51,6 +54,11 @@ def _recurrent(tokens: int, device: str) -> Callable[[], object]:
         rows, 1, HEADS, key_dim=DIM, raw=True, normalized=False, dtype=torch.bfloat16, device=device, drawn_on=device
     )
     return lambda: ops.recurrent_kda(*inputs.positional(), normalize_qk=True, initial_state=inputs.initial_state)
+
+
+def _decode(tokens: int, device: str) -> Callable[[], object]:
+    rows = -(-tokens // 32)
+    return decode_inputs(rows, 1, HEADS, key_dim=DIM, dtype=torch.bfloat16, device=device).step
 
 
 def _rows(tokens: int, device: str, width: int = HEADS * DIM) -> torch.Tensor:
@@ -77,11 +85,12 @@ OPERATIONS: dict[str, Callable[[int, str], Callable[[], object]]] = {
     "chunk_kda": lambda tokens, device: _chunk(tokens, device, backward=False),
     "chunk_kda, backward too": lambda tokens, device: _chunk(tokens, device, backward=True),
     "recurrent_kda, one token": _recurrent,
+    "kda_decode, one token": _decode,
     "short_conv": _conv,
     "gated_rms_norm": _norm,
     "l2_normalize": _l2,
 }
-"""By name: (tokens, device) to the call. recurrent_kda is what decoding uses, so its tokens are rows of a batch."""
+"""By name: (tokens, device) to the call. In decoding, tokens are rows of a batch."""
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
@@ -111,13 +120,17 @@ def measure(name: str, device: str) -> dict[str, float]:
     """``measure_here`` in a process of its own, whose Triton cache is empty.
 
     Raises:
-        RuntimeError: the process failed; its last words.
+        RuntimeError: the process failed, with its last words, or took too long.
     """
     words = [sys.executable, "-m", "benchmarks.ops.first_call", "--device", device, "--inside", name]
     with tempfile.TemporaryDirectory() as cache:
         place = {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
         root = Path(__file__).parents[2]
-        done = subprocess.run(words, cwd=root, env={**os.environ, **place}, capture_output=True, text=True, timeout=180)
+        env = {**os.environ, **place}
+        try:
+            done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"first call of {name}: no result after {PATIENCE} s") from None
     if done.returncode:
         raise RuntimeError(f"first call of {name} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

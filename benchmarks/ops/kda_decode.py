@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from benchmarks._report import Section, write_page
+from benchmarks._report import Section, needs_gpu, write_page
 from kimi_linear.kernels.triton.decode import Launch, launch_of, prepare
 from kimi_linear.ops import DecodePool, SoftplusGate
 from kimi_linear.testing.decode import DecodeInputs, decode_inputs
@@ -233,6 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--configs", action="store_true", help="time the candidates of the configuration as well")
     arguments = parser.parse_args()
+    needs_gpu()
     has_fla = importlib.util.find_spec("fla") is not None
     page = Page(bandwidth=copy_bandwidth(), checked=check(), repeats=arguments.repeats)
     time_launches(page, has_fla)

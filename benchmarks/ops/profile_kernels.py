@@ -240,6 +240,7 @@ def under_ncu(shape: str, gate: str, mode: str) -> tuple[list[str], list[list[ob
         inside = ["--inside", mode, "--shape", shape, "--gate", gate]
         words = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--page", "raw"]
         words += [word for section in NCU_SECTIONS for word in ("--section", section)]
+        words += ["--metrics", ",".join(list(NCU_METRICS)[:3])]  # no section of these has the traffic of the DRAM
         words += ["--log-file", str(log), sys.executable, "-m", "benchmarks.ops.profile_kernels", *inside]
         done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
         if done.returncode or not log.is_file():

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.md"))
 HISTORY = ("docs/LOG.md", "CHANGELOG.md")
 """What was true on a day: scripts that they name may have gone since."""
-PAGES = [p for p in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RESULT = re.compile(r"benchmarks/results/([\w.-]+\.(?:md|json))")
 MODULE = re.compile(r"-m (benchmarks(?:\.\w+)+)")
 NAME = re.compile(r"[a-z0-9_]\w*(?:-\w+)*_[a-z0-9-]+_(\d{4}-\d\d-\d\d)")

@@ -68,6 +68,9 @@ def test_a_wrong_answer_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "## Not timed" in page.read_text()
     assert "output 0.1 (at most 0.005)" in page.read_text()
     assert "## Forward" not in page.read_text()
+    monkeypatch.setattr(kda, "measure", lambda *_: 1 / 0)
+    assert not kda.step(run, TOY, "fast", "forward")
+    assert "ZeroDivisionError" in page.read_text()
     run.ends = 0.0
     assert kda.step(run, TOY, "init", "forward")
     assert "the budget was used up" in page.read_text()
