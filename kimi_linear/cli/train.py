@@ -29,7 +29,7 @@ class TrainArgs:
     data: Path | None = None
     """Text file or folder; the Python standard library's source where None."""
     tokenizer: Path | None = None
-    """Folder with a tokenizer.json; bytes where None."""
+    """Folder with a tokenizer.json or tiktoken.model; bytes where None."""
     folder: Path = RUNS / "train"
     """Where checkpoints and metrics go. A run that is there already is resumed."""
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -68,7 +68,7 @@ def _trainer(args: TrainArgs, console: Console) -> Trainer:
 
     tokenizer: Tokenizer | None = ByteTokenizer() if args.tokenizer is None else load_tokenizer(args.tokenizer)
     if tokenizer is None:
-        raise FileNotFoundError(f"{args.tokenizer}: expected a folder with tokenizer.json, found none in it")
+        raise FileNotFoundError(f"{args.tokenizer}: expected a folder with tokenizer.json or tiktoken.model, found none in it")
     config = preset(args.preset)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

@@ -54,22 +54,22 @@ class TiktokenTokenizer:
     tool call are among them.
     """
 
-    def __init__(self, encoding: Any, *, tokens: Iterable[bytes], ranks: bytes, special: Mapping[str, int],
-                 companions: Companions) -> None:  # fmt: skip
+    def __init__(
+        self, encoding: Any, *, tokens: Iterable[bytes], special: Mapping[str, int], companions: Companions
+    ) -> None:
         """Wrap a ``tiktoken.Encoding``; ``load`` makes one from a folder.
 
         Args:
             encoding: with the ranks.
             tokens: the bytes of each rank, in order.
-            ranks: the content of tiktoken.model, written back by ``save``.
             special: the reserved tokens by spelling.
-            companions: the files beside it.
+            companions: the files it came from, which ``save`` writes back.
         """
-        self._encoding, self._blob, self._companions = encoding, ranks, companions
+        self._encoding, self._companions = encoding, companions
         self._bytes: list[bytes] = list(tokens)
         self.special_tokens = dict(special)
         self._spellings = {token: text for text, token in special.items()}
-        self.name = f"tiktoken-{digest(ranks)}"
+        self.name = f"tiktoken-{digest(companions.blob(RANKS_FILE))}"
         self.vocab_size = len(self._bytes) + len(special)
         self.eos_id = companions.token_id("eos_token", special, "added_tokens_decoder")
         self.end_ids = companions.end_ids(self.vocab_size) | ({self.eos_id} if self.eos_id is not None else set())
@@ -92,13 +92,13 @@ class TiktokenTokenizer:
                 f"{path}: needs the tiktoken library, which is not installed; "
                 "install the extra with: pip install 'kimi-linear[hf]'"
             ) from error
-        blob, companions = path.read_bytes(), Companions.read(folder)
-        ranks = _ranks(blob, path)
+        companions = Companions.read(folder)
+        ranks = _ranks(companions.blob(RANKS_FILE), path)
         special = _reserved_tokens(companions, first=len(ranks))
         encoding = tiktoken.Encoding(
             name=path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        return TiktokenTokenizer(encoding, tokens=ranks, ranks=blob, special=special, companions=companions)
+        return TiktokenTokenizer(encoding, tokens=ranks, special=special, companions=companions)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of ``text``. With ``special``, spelled-out control tokens become those tokens.
@@ -128,7 +128,6 @@ class TiktokenTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``tiktoken.model`` and the files that were beside it, byte for byte."""
-        (Path(folder) / RANKS_FILE).write_bytes(self._blob)
         self._companions.save(folder)
 
     def _encode(self, text: str) -> list[int]:

@@ -16,8 +16,11 @@ from kimi_linear.config.json_file import parse_json_object
 CONFIG_FILE = "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-COMPANIONS = (CONFIG_FILE, "special_tokens_map.json", TEMPLATE_FILE, GENERATION_FILE)
-"""What a vocabulary's folder may hold besides it. The last one says which ids end a generation."""
+COMPANIONS = (
+    CONFIG_FILE, TEMPLATE_FILE, GENERATION_FILE, "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.json", "tiktoken.model", "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+"""What a vocabulary's folder may hold: how it is used, and the same vocabulary in the forms that other readers take."""
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The roles that tokenizer_config.json gives to tokens."""
@@ -40,10 +43,23 @@ class Companions:
         """Read those of ``COMPANIONS`` that ``folder`` has, and the tokenizer's code where tokenizer_config.json names some.
 
         The code is only carried along, since readers such as vLLM want it beside the vocabulary. It is never run here.
+
+        Raises:
+            ValueError: a file that is a link out of the folder: saving would copy whatever it leads to.
         """
         folder = Path(folder)
         found = Companions(folder=folder, blobs=_present(folder, COMPANIONS))
         return Companions(folder=folder, blobs={**found.blobs, **_present(folder, found._code_files())})
+
+    def blob(self, name: str) -> bytes:
+        """The content of one of them.
+
+        Raises:
+            FileNotFoundError: the folder has none of that name.
+        """
+        if name not in self.blobs:
+            raise FileNotFoundError(f"{self.folder}: expected a folder with {name}, found none in it")
+        return self.blobs[name]
 
     def save(self, folder: str | Path) -> None:
         """Write the files into ``folder``, unchanged."""
@@ -186,7 +202,20 @@ def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _present(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    home = folder.resolve()
+    # The hub's cache is made of links from <model>/snapshots/<revision>/ to <model>/blobs/.
+    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    found: dict[str, bytes] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if not any((goal := path.resolve()).is_relative_to(place) for place in homes):
+            raise ValueError(
+                f"{path}: expected a file, got a link to {goal}; put the file itself there if you trust it"
+            )
+        found[name] = path.read_bytes()
+    return found
 
 
 def _text(blob: bytes, path: Path) -> str:

@@ -17,6 +17,7 @@ from kimi_linear.data.text_stream import UNKNOWN, ByteStream, FallbackStream, St
 from kimi_linear.data.tiktoken import RANKS_FILE, TiktokenTokenizer
 from kimi_linear.data.tokenizer_files import (
     CONFIG_FILE,
+    TEMPLATE_FILE,
     Companions,
     digest,
     split_special,
@@ -110,7 +111,10 @@ class ByteTokenizer:
     end_ids = frozenset({256})
     special_tokens: Mapping[str, int] = {END_OF_TEXT: 256}
     named_tokens: Mapping[str, str] = {"eos_token": END_OF_TEXT}
-    chat_template: str | None = None
+
+    def __init__(self, *, chat_template: str | None = None) -> None:
+        """``chat_template`` is the jinja text of a model that chats in bytes."""
+        self.chat_template = chat_template
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Bytes of ``text``. Raises ``ValueError`` for text that UTF-8 cannot hold (lone surrogates)."""
@@ -134,7 +138,7 @@ class ByteTokenizer:
         return ByteStream(_byte_meaning)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json`` (a byte-level BPE without merges) and ``tokenizer_config.json``."""
+        """Write ``tokenizer.json`` (a byte-level BPE without merges), ``tokenizer_config.json``, and the chat template."""
         vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
         special = {"id": 256, "content": END_OF_TEXT, "special": True} | dict.fromkeys(
             ("single_word", "lstrip", "rstrip", "normalized"), False
@@ -154,6 +158,8 @@ class ByteTokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, _MARKER: self.name}
         write_json(Path(folder) / _MODEL_FILE, model)
         write_json(Path(folder) / CONFIG_FILE, config)
+        if self.chat_template is not None:
+            (Path(folder) / TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8", newline="")
 
 
 def _byte_meaning(token: int) -> bytes | str | None:
@@ -169,14 +175,14 @@ class HFTokenizer:
     of, unless ``special=True`` asks for them. Other added tokens are words like any other.
     """
 
-    def __init__(self, tokenizer: Any, *, name: str, companions: Companions) -> None:
-        """Wrap a ``tokenizers.Tokenizer``. ``companions`` are the files that ``save`` writes beside tokenizer.json."""
+    def __init__(self, tokenizer: Any, companions: Companions) -> None:
+        """Wrap a ``tokenizers.Tokenizer``. ``companions`` are the files it came from, which ``save`` writes back."""
         self._tokenizer = tokenizer
         self._companions = companions
         # Whether spelled-out special tokens count is a switch on the library's object; threads must not share it.
         self._switch = threading.Lock()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self.name = name
+        self.name = f"hf-{digest(companions.blob(_MODEL_FILE))}"
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         self.eos_id = companions.token_id("eos_token", vocabulary, _MODEL_FILE)
         self.end_ids = companions.end_ids(self.vocab_size) | ({self.eos_id} if self.eos_id is not None else set())
@@ -203,7 +209,8 @@ class HFTokenizer:
                 f"{folder / _MODEL_FILE}: needs the tokenizers library, which is not installed; "
                 "install the extra with: pip install 'kimi-linear[hf]'"
             ) from error
-        blob, companions = (folder / _MODEL_FILE).read_bytes(), Companions.read(folder)
+        companions = Companions.read(folder)
+        blob = companions.blob(_MODEL_FILE)
         try:
             backend = Backend.from_str(blob.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for a file it cannot parse
@@ -211,7 +218,7 @@ class HFTokenizer:
                 f"{folder / _MODEL_FILE}: expected a tokenizer.json of the tokenizers library, got a file that it "
                 f"cannot read ({error}); download the file again"
             ) from error
-        return HFTokenizer(backend, name=f"hf-{digest(blob)}", companions=companions)
+        return HFTokenizer(backend, companions)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of ``text``, without tokens added at either end. With ``special``, spelled-out control tokens become those.
@@ -263,8 +270,7 @@ class HFTokenizer:
         return FallbackStream(self._decode_run, self._meaning) if self._bytes else WindowStream(self.decode)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json`` and the companion files that were loaded with it, unchanged."""
-        (Path(folder) / _MODEL_FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
+        """Write ``tokenizer.json`` and the files that were beside it, byte for byte."""
         self._companions.save(folder)
 
     def _meaning(self, token: int) -> bytes | str | None:
@@ -284,16 +290,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
         ValueError: a tokenizer file is broken, or of a kind that cannot be read. ImportError: a library is missing.
     """
     folder = Path(folder)
-    kind = Companions.read(folder).config.get(_MARKER)
+    companions = Companions.read(folder)
+    kind = companions.config.get(_MARKER)
     if kind == ByteTokenizer.name:
-        return ByteTokenizer()
+        return ByteTokenizer(chat_template=companions.chat_template)
     if kind is not None:
         raise ValueError(
             f"{folder / CONFIG_FILE}: {_MARKER}: expected {ByteTokenizer.name!r}, got {kind!r}; is it a newer version's?"
         )
-    if (folder / _MODEL_FILE).exists():
+    if _MODEL_FILE in companions.blobs:
         return HFTokenizer.load(folder)
-    if (folder / RANKS_FILE).exists():
+    if RANKS_FILE in companions.blobs:
         return TiktokenTokenizer.load(folder)
     return None
 

@@ -167,6 +167,21 @@ def test_saving_writes_the_same_bytes(folder, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} == files
 
 
+def test_a_link_out_of_the_folder_is_not_carried_along(folder, tmp_path):
+    """Saving would copy what it leads to; the hub's cache, which is made of links, is left in peace."""
+    (tmp_path / "secret").write_text("{}")
+    snapshot = tmp_path / "hub" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "blobs").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "hub" / "blobs" / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert load_tokenizer(snapshot).encode("a") == load_tokenizer(folder).encode("a")
+    (snapshot / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json: expected a file, got a link to .*secret"):
+        load_tokenizer(snapshot)
+
+
 @pytest.mark.parametrize("module", ["../secret", "other/repository--module", "a b", "", "é"])
 def test_no_file_outside_the_folder_is_carried_along(folder, tmp_path, module):
     (tmp_path / "secret.py").write_text("x")

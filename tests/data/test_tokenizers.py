@@ -75,7 +75,21 @@ def test_byte_folder_round_trip_and_is_readable_by_others(tmp_path):
         assert other.decode(other.encode(text)) == text
 
 
+def test_bytes_keep_a_chat_template(tmp_path):
+    ByteTokenizer(chat_template="é\r\n{{ messages[0].content }}").save(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert tokenizer.chat_template == "é\r\n{{ messages[0].content }}"
+
+
+def test_a_folder_without_the_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder with tokenizer\.json, found none"):
+        HFTokenizer.load(tmp_path)
+
+
 def test_hf_round_trip_keeps_ids_and_companions(hf_folder, tmp_path):
+    (hf_folder / "tiktoken.model").write_bytes(b"another form of it")
+    (hf_folder / "tokenizer.json").write_text((hf_folder / "tokenizer.json").read_text() + " \n")
     tokenizer = load_tokenizer(hf_folder)
     assert isinstance(tokenizer, HFTokenizer)
     assert tokenizer.eos_id == 0
@@ -89,7 +103,7 @@ def test_hf_round_trip_keeps_ids_and_companions(hf_folder, tmp_path):
         assert again.encode(text) == tokenizer.encode(text)
         assert again.decode(again.encode(text)) == text
         assert tokenizer.encode_all([text])[0].tolist() == tokenizer.encode(text)
-    assert (copy / "tokenizer_config.json").read_bytes() == (hf_folder / "tokenizer_config.json").read_bytes()
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in hf_folder.iterdir()}
 
 
 def test_hf_unknown_ids_are_shown(hf_folder):
