@@ -5,6 +5,7 @@ In a process of its own, because transformers changes what it runs once fla can 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import warnings
@@ -14,9 +15,7 @@ import torch
 # fla says at import that there is no GPU here.
 warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
 
-import itertools
 
-from fla.modules.l2norm import l2norm  # noqa: F401, E402  (the package is whole)
 from fla.ops.kda import chunk_kda  # noqa: E402
 from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate  # noqa: E402
 from fla.ops.kda.naive import naive_recurrent_kda  # noqa: E402

@@ -17,6 +17,9 @@ from kimi_linear.model import KimiLinear
 
 from .tiny import from_pretrained, furthest, publisher, reread, tiny_config, tiny_model, tokens
 
+# transformers and torch warn of each other; our own warnings are errors as everywhere.
+pytestmark = pytest.mark.filterwarnings("default", "error:::kimi_linear")
+
 LIMIT = 1e-4
 """fp32, logits of size ten."""
 

@@ -20,6 +20,9 @@ from kimi_linear.integrations import transformers as integration
 
 from .tiny import LENGTH, from_pretrained, furthest, saved, tiny_config, tiny_model, tokens
 
+# transformers and torch warn of each other; our own warnings are errors as everywhere.
+pytestmark = pytest.mark.filterwarnings("default", "error:::kimi_linear")
+
 LIMIT = 1e-4
 """fp32, logits of size ten."""
 LEAK = 0.1
@@ -54,6 +57,15 @@ def alone(model: Any, ids: Tensor, bounds: list[int]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def unpatched(model: Any, ids: Tensor, described: dict[str, Tensor]) -> Tensor | None:
+    """What transformers alone makes of a packed row; None where it refuses, as 5.23 does on seq_idx."""
+    try:
+        return model(ids, **described).logits
+    except ValueError as error:
+        assert "can't keep packed sequences apart" in str(error)
+        return None
+
+
 @pytest.fixture
 def model(folder: Path) -> Any:
     return from_pretrained(folder)
@@ -69,8 +81,8 @@ def test_packed_documents_stay_apart(folder: Path, names: tuple[str, ...], atten
     model = from_pretrained(folder, attn_implementation=attention)
     ids = tokens(1)
     expected = alone(model, ids, BOUNDS)
-    leaking = model(ids, **packing(BOUNDS, names)).logits
-    assert furthest(leaking, expected) > LEAK, "transformers was mended: the patch may have become needless"
+    if (leaking := unpatched(model, ids, packing(BOUNDS, names))) is not None:
+        assert furthest(leaking, expected) > LEAK, "transformers was mended: the patch may have become needless"
     integration.patch()
     assert furthest(model(ids, **packing(BOUNDS, names)).logits, expected) < LIMIT
 
