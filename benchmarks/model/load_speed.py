@@ -245,7 +245,8 @@ def report(runs: dict[Task, list[dict[str, Any]]], paths: list[Path], args: Args
             f"tell). Percentages are of the faster plain read, {disk:.2f} GB/s. Peak host memory is VmHWM of the whole process, "
             f"torch's own {min(run['before'] for run in runs['load']) / GIB:.2f} GiB included; loading took {peak / GIB:.2f} GiB, and "
             f"{limit} = {allowed / GIB:.2f} GiB {'allows it' if peak <= allowed else 'DOES NOT ALLOW IT'}. "
-            "Each seventh loaded tensor was compared with safetensors' own reader."
+            "Each seventh loaded tensor was compared with safetensors' own reader. "
+            f"Processes that wanted a core meanwhile, these included: {os.getloadavg()[1]:.1f} (5 minutes' mean of Linux's load)."
         ),
         columns=["what", "GB/s", "slowest to fastest", "of the disk", "from storage", "peak host memory, GiB"],
         rows=rows,

@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("triton", "transformers", "tokenizers", "tiktoken", "tensorboard", "matplotlib", "playwright", "fla")
+OPTIONAL = (
+    "triton",
+    "transformers",
+    "tokenizers",
+    "tiktoken",
+    "huggingface_hub",
+    "tensorboard",
+    "matplotlib",
+    "playwright",
+    "fla",
+)
 COLD = ("triton", "transformers", "tensorboard", "matplotlib", "tyro", "rich")
 MOST_SECONDS = 0.3
 
