@@ -337,6 +337,16 @@ def test_two_conversions_into_one_place_do_not_mix(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.parametrize("to", ["release", "transformers"])
+def test_a_head_that_transformers_trained_beside_tied_embeddings_is_not_lost(tmp_path: Path, to: str) -> None:
+    folder = saved(tmp_path / "a")
+    edit_config(folder, lambda v: v.update(tie_word_embeddings=True))
+    there = converted(folder, tmp_path / "b", to=to)
+    assert config_of(there)["tie_word_embeddings"] is False
+    assert torch.equal(tensors_of(there)["lm_head.weight"], tensors_of(folder)["lm_head.weight"])
+    assert torch.equal(logits_there(there), logits_there(folder))
+
+
 def test_fused_tensors_need_one_dtype(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a")
     name = f"{MOE}.self_attn.k_conv1d.weight"

@@ -35,6 +35,8 @@ from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor
 
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every name."""
+MAX_TENSORS = 1_000_000
+"""The released model has 20,493."""
 LEFTOVERS = ("rotary_emb.inv_freq", "num_batches_tracked")
 """Buffers that say nothing about this model."""
 
@@ -152,19 +154,28 @@ def _model(
     mended = values
     try:
         if layout == "fla":
-            return values, from_fla(values, output_gate_bias=_has_bias(tensors))
+            return values, _of_a_size(from_fla(values, output_gate_bias=_has_bias(tensors)))
         if values.get("model_type") == MODEL_TYPE:
             mended, found = mend_config(values, tensors, layout)
         elif values.get("model_type") == VARIANT_TYPE:
-            return values, from_release(values)
+            return values, _of_a_size(from_release(values))
         defects += found
         # Our own configuration repeats the other keys; where those were mended it is out of date.
         plain = {key: value for key, value in mended.items() if key != "kimi_linear_config"} if found else mended
-        return plain, from_release(plain)
-    except (ConfigError, TypeError, AttributeError) as error:
+        return plain, _of_a_size(from_release(plain))
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        # Values of any type may stand in a file from elsewhere.
         kind = "unknown-key" if "unknown key" in str(error) else "config-unreadable"
         defects.append(Defect(kind=kind, places=(str(error).partition(":")[0] or CONFIG_FILE,), found=str(error)))
         return mended, None
+
+
+def _of_a_size(config: ModelConfig) -> ModelConfig:
+    """``config``, unless listing its tensors alone would fill the memory."""
+    tensors = config.num_layers * (20 + 3 * (config.moe.num_experts if config.moe else 0))
+    if tensors > MAX_TENSORS:
+        raise ConfigError(f"num_experts: expected a model of at most {MAX_TENSORS:,} tensors, got about {tensors:,}")
+    return config
 
 
 def _has_bias(tensors: Mapping[str, StoredTensor]) -> bool:

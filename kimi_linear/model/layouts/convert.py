@@ -149,11 +149,15 @@ def plan_conversion(folder: str | Path, *, to: Layout = "release", repair: bool 
     config = source.config
     assert config is not None
     notes: list[str] = []
-    untie = config.tie_embeddings and (to == "transformers" or (repair and to == "release"))
+    # A head of its own in the file is the model's, whatever the key says: transformers trains it apart from the embedding.
+    alone = HEAD in source.tensors or to == "transformers" or (repair and to == "release")
+    untie = config.tie_embeddings and alone
     target = changed(config, tie_embeddings=False) if untie else config
     if untie and HEAD not in source.tensors:
         notes.append(f"{HEAD} is written as a second copy of the embedding: this layout's readers tie nothing")
-    values = _values(source, target, to, as_is=source.layout == to and not repair)
+    elif untie:
+        notes.append(f"{HEAD} is in the source beside tie_word_embeddings: it is kept, and the key becomes false")
+    values = _values(source, target, to, as_is=source.layout == to and not repair and not untie)
     found = layout_tensors(source.layout, release_shapes(config))
     places = {
         release: (source.tensors[name], place, tensor)
