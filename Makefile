@@ -40,7 +40,7 @@ format: install-dev  ## rewrite the files as `make lint` wants them
 	$(BIN)/ruff check --fix .
 
 bench: install-dev  ## every benchmark of this machine; writes benchmarks/results/
-	for script in benchmarks/[a-z]*/[a-z]*.py; do module=$$(echo "$${script%.py}" | tr / .); \
+	for script in $$(grep -l __main__ benchmarks/[a-z]*/[a-z]*.py | grep -v /tune); do module=$$(echo "$${script%.py}" | tr / .); \
 	  echo "== python -m $$module"; $(BIN)/python -m "$$module" || exit 1; done
 
 hooks: install-dev  ## run the cheap checks at every commit

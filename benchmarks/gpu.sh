@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # GPU tests and every GPU benchmark in one command, for a machine without network:  bash benchmarks/gpu.sh [part ...]
 #
-# Parts: tests (pytest -m gpu), or the name of a script in benchmarks/ops, such as kda. None: tests, then every script but
-# tune, which rewrites the kernels' table of configurations. Words after a colon go to the script:  bash benchmarks/gpu.sh tests 'kda: --mode forward --shapes targets' kda_decode
+# Parts: tests (pytest -m gpu), the name of a script in benchmarks/ops, such as kda, or of another one with its folder, such as
+# model/train_speed. None: tests, then every script in benchmarks/ops but tune, which is for changing the kernels' table of
+# configurations. Words after a colon go to the script:  bash benchmarks/gpu.sh tests 'kda: --mode forward --shapes targets' kda_decode
 #
 #   OUT      where logs and pages go        benchmarks/results
 #   PYTHON   the interpreter                python3; a package that is missing there can be put on PYTHONPATH
@@ -19,8 +20,8 @@ log="$OUT/gpu.log"
 stamp=$(mktemp)
 trap 'rm -f "$stamp"' EXIT
 
-scripts() { # those that measure on a GPU: a name that begins with a letter, and no cpu in it
-  for file in benchmarks/ops/[a-z]*.py; do
+scripts() { # those that measure on a GPU: files with a main part and no cpu in their name
+  grep -l '__name__ == "__main__"' benchmarks/ops/[a-z]*.py | while read -r file; do
     name=$(basename "$file" .py)
     case $name in *_cpu | shapes) ;; *) echo "$name" ;; esac
   done
@@ -66,8 +67,10 @@ for part in "${parts[@]}"; do
     run tests "$PYTHON" -m pytest -m gpu -q -p no:benchmark -p no:cacheprovider tests "${words[@]}"
   elif [[ " ${every[*]} " == *" $name "* ]]; then
     run "$name" "$PYTHON" -m "benchmarks.ops.$name" "${words[@]}"
+  elif [[ $name == */* && -f benchmarks/$name.py ]]; then
+    run "$name" "$PYTHON" -m "benchmarks.${name//\//.}" "${words[@]}"
   else
-    echo "gpu.sh: expected tests or one of ${every[*]}, got $name" | tee -a "$log" >&2
+    echo "gpu.sh: expected tests, a script with its folder, or one of ${every[*]}, got $name" | tee -a "$log" >&2
     failed+=("$name (no such part)")
   fi
 done

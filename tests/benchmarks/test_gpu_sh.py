@@ -30,7 +30,10 @@ def clone(tmp_path: Path) -> Path:
     (tmp_path / "benchmarks/results").mkdir()
     shutil.copy(ROOT / "benchmarks/gpu.sh", tmp_path / "benchmarks")
     for name in ("_report", "kda", "kda_cpu", "kda_decode", "shapes", "tune"):
-        (tmp_path / f"benchmarks/ops/{name}.py").touch()
+        (tmp_path / f"benchmarks/ops/{name}.py").write_text('if __name__ == "__main__":\n    pass\n')
+    (tmp_path / "benchmarks/ops/tune_norms.py").touch()  # no main part, so no script
+    (tmp_path / "benchmarks/model").mkdir()
+    (tmp_path / "benchmarks/model/speed.py").touch()
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -67,12 +70,16 @@ def test_every_part_runs_though_one_fails_and_one_is_too_slow(clone: Path) -> No
 
 
 def test_parts_are_chosen_and_given_flags(clone: Path) -> None:
-    done = run(clone, "kda: --mode forward --shapes targets", "tune")
-    assert called(done) == ["-m benchmarks.ops.kda --mode forward --shapes targets", "-m benchmarks.ops.tune"]
+    done = run(clone, "kda: --mode forward --shapes targets", "tune", "model/speed")
+    assert called(done) == [
+        "-m benchmarks.ops.kda --mode forward --shapes targets",
+        "-m benchmarks.ops.tune",
+        "-m benchmarks.model.speed",
+    ]
     assert done.returncode == 0
     done = run(clone, "kdb")
     assert (done.returncode, called(done)) == (1, [])
-    assert "expected tests or one of kda kda_decode tune, got kdb" in done.stderr
+    assert "expected tests, a script with its folder, or one of kda kda_decode tune, got kdb" in done.stderr
 
 
 def test_a_machine_without_a_gpu_is_told_so(clone: Path) -> None:
