@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._report import Section, write_page
+from benchmarks._report import Section, needs_gpu, write_page
 from kimi_linear.ops import Impl, gated_rms_norm, l2_normalize, rms_norm, short_conv, short_conv_qkv
 from kimi_linear.testing.timers import compare
 from kimi_linear.testing.tolerances import relative_error, rounding_band
@@ -120,9 +120,12 @@ ROWS = (
     Row(kind="rms", shape=(1, 8192, 8192)),
     Row(kind="rms", shape=(1, 65536, 2304)),
 )
-TOY = tuple(
-    Row(kind=kind, shape=(1, 60, 2, 32)[: 4 if kind in ("gated", "l2") else 3], lengths=lengths, dtype=torch.float32)
-    for kind, lengths in (("conv", ()), ("qkv", (7, 0, 53)), ("gated", ()), ("rms", ()), ("l2", ()))
+TOY = (
+    Row(kind="conv", shape=(1, 60, 64), dtype=torch.float32),
+    Row(kind="qkv", shape=(1, 60, 64), lengths=(7, 0, 53), dtype=torch.float32),
+    Row(kind="gated", shape=(1, 60, 2, 32), dtype=torch.float32),
+    Row(kind="rms", shape=(1, 60, 64), dtype=torch.float32),
+    Row(kind="l2", shape=(1, 60, 2, 32), dtype=torch.float32),
 )
 
 
@@ -266,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-fla", action="store_true", help="leave fla out even where it is installed")
     parser.add_argument("--no-page", action="store_true", help="print only")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda":
+        needs_gpu()
     rows = [row for row in (TOY if arguments.device == "cpu" else ROWS) if arguments.rows in row.name]
     if not rows:
         parser.error(f"--rows: no row has {arguments.rows!r} in its name")

@@ -38,7 +38,17 @@ ROW_DTYPES = ("bfloat16", "float16", "float32")
 ROW_WIDTH = 8192
 """A norm keeps a row in one program's registers."""
 ROW_TAPS = 8
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _has_triton() -> bool:
+    """Asked without importing it."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # an import hook that blocks it
+        return False
+
+
+HAS_TRITON = _has_triton()
 """torch brings triton to Linux only."""
 
 STEP_OPS = ("kda_decode", "recurrent_kda")

@@ -88,6 +88,6 @@ def _no_gradient(name: str) -> Callable[..., Any]:
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels on the CPU, for tests."""
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)

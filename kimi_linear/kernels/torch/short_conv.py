@@ -67,7 +67,7 @@ class _ShortConv(torch.autograd.Function):
         padded, weight, bias = ctx.saved_tensors
         taps = _taps(weight, padded)
         d_padded, d_taps = torch.zeros_like(padded, dtype=taps.dtype), torch.zeros_like(taps)
-        d_bias = None if bias is None else taps.new_zeros(bias.shape)
+        d_bias: Tensor | None = None if bias is None else taps.new_zeros(bias.shape)
         for rows, start, stop in _blocks(d_output):
             x, d_sums = padded[rows].to(taps.dtype), d_output[rows, start:stop].to(taps.dtype)
             sums = _sums(x, taps, bias, start, stop)
@@ -79,7 +79,7 @@ class _ShortConv(torch.autograd.Function):
                 d_padded[rows, start + w : stop + w].addcmul_(d_sums, tap)
                 d_taps[w] += torch.mul(d_sums, x[:, start + w : stop + w], out=sums).sum((0, 1))
         if d_bias is not None:
-            d_bias = d_bias.to(bias.dtype)
+            d_bias = d_bias.to(bias.dtype)  # type: ignore[union-attr]
         return d_padded.to(padded.dtype), d_taps.mT.to(weight.dtype), d_bias, None
 
 
