@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_linear.ops import gated_rms_norm, rms_norm
+from kimi_linear.ops import gated_rms_norm, l2_normalize, rms_norm
 from kimi_linear.testing.tolerances import assert_close, assert_close_to_reference
 
 EPS = 1e-5
@@ -67,6 +67,13 @@ def test_gradients() -> None:
         )
 
 
+def test_unit_length() -> None:
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    x[0, 0] = 0
+    assert_close(l2_normalize(x, EPS), x / (x.pow(2).sum(-1, keepdim=True) + EPS).sqrt(), "l2_normalize")
+    assert torch.autograd.gradcheck(lambda x: l2_normalize(x, EPS), (x.requires_grad_(),))
+
+
 def test_no_token_at_all() -> None:
     assert rms_norm(torch.zeros(2, 0, 4), torch.ones(4), EPS).shape == (2, 0, 4)
     assert gated_rms_norm(torch.zeros(0, 4), torch.zeros(0, 4), torch.ones(4), EPS).shape == (0, 4)
@@ -87,3 +94,7 @@ def test_bad_input() -> None:
         gated_rms_norm(x, weight, weight, EPS)
     with pytest.raises(ValueError, match="activation: expected one of sigmoid, swish, none, got 'gelu'"):
         gated_rms_norm(x, x, weight, EPS, "gelu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="eps: expected a number >= 0, got -1"):
+        l2_normalize(x, -1)
+    with pytest.raises(ValueError, match=r"x: expected shape \[\.\.\., D\], got a number"):
+        l2_normalize(torch.tensor(1.0))

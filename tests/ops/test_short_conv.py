@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_linear.kernels.torch import short_conv as kernel
-from kimi_linear.ops import short_conv
+from kimi_linear.ops import short_conv, short_conv_qkv
 from kimi_linear.testing.tolerances import assert_close_to_reference
 
 F64 = torch.float64
@@ -118,9 +118,58 @@ def test_no_token_at_all() -> None:
     assert torch.equal(packed.final_state, state)
 
 
+def test_the_bias_comes_before_the_activation() -> None:
+    x, weight, bias = torch.randn(2, 9, 6, dtype=F64), torch.randn(6, 4, dtype=F64), torch.randn(6, dtype=F64)
+    for activation in ("silu", "none"):
+        expected = formula(x, weight, False) + bias
+        got = short_conv(x, weight, bias=bias, activation=activation).output
+        torch.testing.assert_close(got, F.silu(expected) if activation == "silu" else expected)
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, weight, bias)]
+        assert torch.autograd.gradcheck(
+            lambda x, w, b, a=activation: short_conv(x, w, bias=b, activation=a).output,  # type: ignore[arg-type]
+            leaves,
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_q_k_and_v_at_once_are_three_convolutions(packed: bool) -> None:
+    widths, cu = (6, 4, 10), torch.tensor([0, 3, 3, 12]) if packed else None
+    sequences = 3 if packed else 2
+    batch = 1 if packed else 2
+    parts = [torch.randn(batch, 12, width, dtype=F64, requires_grad=True) for width in widths]
+    weights = tuple(torch.randn(width, 4, dtype=F64, requires_grad=True) for width in widths)
+    state = torch.randn(sequences, sum(widths), 3, dtype=F64, requires_grad=True)
+    *together, final = short_conv_qkv(*parts, weights, initial_state=state, cu_seqlens=cu)
+    separate = [
+        short_conv(x, w, initial_state=s, cu_seqlens=cu)
+        for x, w, s in zip(parts, weights, state.split(widths, dim=1), strict=True)
+    ]
+    for got, expected in zip(together, separate, strict=True):
+        torch.testing.assert_close(got, expected.output)
+    assert torch.equal(final, torch.cat([out.final_state for out in separate], dim=1))
+    leaves = [*parts, *weights, state]
+    sent = [torch.randn_like(y) for y in (*together, final)]
+    finals = torch.cat([out.final_state for out in separate], dim=1)
+    expected = torch.autograd.grad([*(out.output for out in separate), finals], leaves, sent)
+    for got, want in zip(torch.autograd.grad([*together, final], leaves, sent), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.unchecked_shapes
 def test_bad_input() -> None:
     x, weight = torch.zeros(2, 5, 4), torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"bias: expected shape \[4\] \(D\), got \[3\]"):
+        short_conv(x, weight, bias=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"k: expected shape \[2, 5, 4\].*as q\), got \[2, 6, 4\]"):
+        short_conv_qkv(x, torch.zeros(2, 6, 4), x, (weight, weight, weight))
+    with pytest.raises(ValueError, match=r"weights \(v\): expected shape \[4, 3\].*got \[4, 2\]"):
+        short_conv_qkv(x, x, x, (weight, weight, weight[:, :2]))
+    with pytest.raises(TypeError, match=r"v: expected torch\.float32, as q, got torch\.float64"):
+        short_conv_qkv(x, x, x.double(), (weight, weight, weight))
+    with pytest.raises(
+        ValueError, match=r"initial_state: expected shape \[2, 12, 2\] \(N, Dq\+Dk\+Dv, W-1\), got \[2, 4, 2\]"
+    ):
+        short_conv_qkv(x, x, x, (weight, weight, weight), initial_state=torch.zeros(2, 4, 2))
     with pytest.raises(ValueError, match=r"weight: expected shape \[4, W\].*got \[4, 1, 3\].*squeeze"):
         short_conv(x, weight[:, None])
     with pytest.raises(ValueError, match=r"activation: expected one of silu, none, got 'relu'"):
