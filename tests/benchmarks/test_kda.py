@@ -76,6 +76,29 @@ def test_a_wrong_answer_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "the budget was used up" in page.read_text()
 
 
+def test_a_baseline_is_timed_beside_ours_and_may_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = kda.Run(device="cpu", out=tmp_path, ends=time.monotonic() + 600, bandwidth=1e9)
+    monkeypatch.setattr(kda, "has_fla", lambda _: True)
+    monkeypatch.setattr(kda, "fla", ours("torch"))
+    assert kda.step(run, TOY, "init", "backward")
+    (record,) = run.records
+    assert record["errors"]["fla"] == record["errors"]["torch"]
+    assert set(record["seconds"]) == {"torch", "fla", "sdpa"}
+    cells = dict(zip(_pages.SPEED, _pages.speed_row(record, run.bandwidth), strict=True))
+    assert float(cells["fla / ours"]) == pytest.approx(record["seconds"]["fla"] / record["seconds"]["torch"], abs=0.01)
+    assert float(cells["of the floor"].rstrip("%")) == pytest.approx(
+        100 * TOY.bytes_of("backward") / 1e9 / record["seconds"]["torch"], abs=0.1
+    )
+    ours_peak, share = record["memory"]["auto"]["peak"], _pages.memory_row(record)[-1]
+    assert share == f"{ours_peak / record['memory']['fla']['peak']:.0%}"
+
+    monkeypatch.setattr(kda, "fla", lambda _: 1 / 0)
+    assert kda.step(run, TOY, "init", "forward")
+    assert set(run.records[1]["seconds"]) == {"torch", "sdpa"}
+    (page,) = tmp_path.glob("*.md")
+    assert "fla: ZeroDivisionError: division by zero" in page.read_text()
+
+
 def test_a_choice_that_is_not_the_fastest_is_told() -> None:
     record = {"shape": "x", "gate": "init", "mode": "forward", "auto": "torch", "fastest": "triton"}
     assert _pages.wrong_choices([record | {"seconds": {"torch": 1.0, "triton": 0.98}}]) == []
