@@ -263,7 +263,10 @@ def copy_bandwidth(device: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, time, and write a row after the other; status 1 where an answer was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu runs toy rows")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", default=default, choices=("cuda", "cpu"), help="cpu runs toy rows and writes no page"
+    )
     parser.add_argument("--rows", default="", help="only rows whose name has this in it")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each variant")
     parser.add_argument("--no-fla", action="store_true", help="leave fla out even where it is installed")
@@ -289,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.collect()
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
-        if not arguments.no_page:
+        if arguments.device == "cuda" and not arguments.no_page:
             write_page(
                 "pointwise",
                 title="Short convolution and norms",
