@@ -75,7 +75,7 @@ def config(numbers: tuple[int, int, int]) -> Config:
     from kimi_linear.kernels.triton.configs import Config
 
     block, warps, stages = numbers
-    return Config(constants={"BV": block}, num_warps=warps, num_stages=stages)
+    return Config(constants={"BK": DIM, "BV": block}, num_warps=warps, num_stages=stages)
 
 
 def whole() -> Cut:

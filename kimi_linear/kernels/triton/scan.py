@@ -2,8 +2,8 @@
 
     u' = u - erase S^T    o = read S^T + N u'    S <- S Diag(decay) + u'^T write
 
-The slice of the state, [K, BV] fp32, stays in registers from the first chunk to the last; the loads of the next chunks run
-ahead of it, and are what bounds it. Where heads are few a long sequence is cut (segments.py), and a program walks one segment.
+The slice of the state, [K, BV] fp32 in slabs of BK keys, stays in registers from the first chunk to the last; the loads of the
+next chunks run ahead of it, and are what bounds it. Slabs are for fp32, whose products in three terms would spill at K = 128. Where heads are few a long sequence is cut (segments.py), and a program walks one segment.
 One dimension of programs, V / BV * HV * (sequences + boundaries between segments), V fastest. Chunk-major inputs: rows past a sequence's end are zeros.
 """
 
@@ -54,7 +54,7 @@ class ScanResult(NamedTuple):
 def scan_kernel(
     erase, u, read, write, pairs_q, decay, initial_state, offsets, output, final_state, states, written, exported,
     export_slot, cu_seqlens, cu_chunks, num_sequences, tokens, most, least, apart,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
     PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SEGMENTED: tl.constexpr, SAVE: tl.constexpr, EXPORT: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -70,34 +70,45 @@ def scan_kernel(
         if s >= count:
             return
         begin, end = s * chunks // count, (s + 1) * chunks // count
-    row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
+    row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, BK), part * BV + tl.arange(0, BV)
     inside = dim_v[None, :] * K + dim_k[:, None]
     place = (n.to(tl.int64) * HV + hv) * V * K + inside
-    state = tl.zeros([K, BV], tl.float32)
-    if HAS_STATE:
-        if s == 0:
-            state = tl.load(initial_state + place)
-    if SEGMENTED:
-        if s > 0:
-            b = (first_boundary(n, first, least, apart) + s - 1).to(tl.int64)
-            state = tl.load(offsets + (b * HV + hv) * V * K + inside)
+    state = ()
+    for p in tl.static_range(K // BK):
+        slab = tl.zeros([BK, BV], tl.float32)
+        if HAS_STATE:
+            if s == 0:
+                slab = tl.load(initial_state + place + p * BK)
+        if SEGMENTED:
+            if s > 0:
+                b = (first_boundary(n, first, least, apart) + s - 1).to(tl.int64)
+                slab = tl.load(offsets + (b * HV + hv) * V * K + inside + p * BK)
+        state = state + (slab,)
     for i in tl.range(begin, end, num_stages=STAGES):
         slot = (first + i).to(tl.int64) * HV + hv
         at = slot * C + row
         in_k, in_v = at[:, None] * K + dim_k[None, :], at[:, None] * V + dim_v[None, :]
-        b_erase, b_read, b_write = tl.load(erase + in_k), tl.load(read + in_k), tl.load(write + in_k)
         b_u = tl.load(u + in_v).to(tl.float32)
         b_pairs = tl.load(pairs_q + at[:, None] * C + row[None, :])
-        b_decay = tl.load(decay + slot * K + dim_k)
-        low = state.to(b_erase.dtype)
-        if SAVE:
-            tl.store(states + slot * V * K + inside, low)
-        b_u = (b_u - tl.dot(b_erase, low, input_precision=PRECISION)).to(b_erase.dtype)
+        erased, o = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32)
+        for p in tl.static_range(K // BK):
+            low = state[p].to(u.dtype.element_ty)
+            if SAVE:
+                tl.store(states + slot * V * K + inside + p * BK, low)
+            erased = tl.dot(tl.load(erase + in_k + p * BK), low, erased, input_precision=PRECISION)
+        b_u = (b_u - erased).to(u.dtype.element_ty)
         if SAVE:
             tl.store(written + in_v, b_u)
-        o = tl.dot(b_read, low, input_precision=PRECISION)
+        for p in tl.static_range(K // BK):
+            low = state[p].to(u.dtype.element_ty)
+            o = tl.dot(tl.load(read + in_k + p * BK), low, o, input_precision=PRECISION)
         o = tl.dot(b_pairs, b_u, o, input_precision=PRECISION)
-        state = tl.dot(tl.trans(b_write), b_u, state * b_decay[:, None], input_precision=PRECISION)
+        after = ()
+        for p in tl.static_range(K // BK):
+            b_write = tl.trans(tl.load(write + in_k + p * BK))
+            b_decay = tl.load(decay + slot * K + p * BK + dim_k)
+            after = after + (tl.dot(b_write, b_u, state[p] * b_decay[:, None], input_precision=PRECISION),)
+        state = after
         token = start + i * C + row
         tl.store(
             output + (token[:, None] * HV + hv) * V + dim_v[None, :],
@@ -106,9 +117,11 @@ def scan_kernel(
         )
         if EXPORT:
             to = tl.load(export_slot + first + i)
-            tl.store(exported + (to.to(tl.int64) * HV + hv) * V * K + inside, state, to >= 0)
+            for p in tl.static_range(K // BK):
+                tl.store(exported + (to.to(tl.int64) * HV + hv) * V * K + inside + p * BK, state[p], to >= 0)
     if s + 1 == count:
-        tl.store(final_state + place, state)
+        for p in tl.static_range(K // BK):
+            tl.store(final_state + place + p * BK, state[p])
 
 
 def scan(
@@ -155,7 +168,7 @@ def scan(
         scan_kernel[(programs,)](
             erase, u, read, write, pairs_q, decay, initial_state, offsets, output, final_state, states, written, exported,
             slots, cu_seqlens, cu_chunks, sequences, tokens, plans.cut.most, plans.cut.least, plans.apart,
-            v_heads, key_dim, value_dim, block, plans.cut.FEWEST, packed, initial_state is not None,
+            v_heads, key_dim, value_dim, min(config["BK"], key_dim), block, plans.cut.FEWEST, packed, initial_state is not None,
             plans.boundaries > 0, save, exported is not None, config.num_stages, precision_of(erase.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

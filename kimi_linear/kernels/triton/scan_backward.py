@@ -2,7 +2,7 @@
 
     du' = N^T do + write dS_end^T    dS_start = dS_end Diag(decay) + do^T read - du'^T erase
 
-Programs, slices and segments as in scan.py; the slice of dS, [K, BV] fp32, stays in registers. With SAVE off only dS at the
+Programs, slices, slabs and segments as in scan.py; the slice of dS, [K, BV] fp32, stays in registers. With SAVE off only dS at the
 start of the walk's last chunk comes out: what a segment adds on its own, from zero, which is how segments are built backward.
 """
 
@@ -46,7 +46,7 @@ class ScanGradients(NamedTuple):
 def scan_backward_kernel(
     erase, read, write, pairs_q, decay, d_output, d_final_state, d_offsets, d_states, d_written, d_initial_state,
     cu_seqlens, cu_chunks, num_sequences, tokens, most, least, apart,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
     PACKED: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr, SEGMENTED: tl.constexpr,
     SAVE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,18 +66,22 @@ def scan_backward_kernel(
         if s >= count:
             return
         begin, end = s * chunks // count, (s + 1) * chunks // count
-    row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
+    row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, BK), part * BV + tl.arange(0, BV)
     inside = dim_v[None, :] * K + dim_k[:, None]
     place = (n.to(tl.int64) * HV + hv) * V * K + inside
-    d_state = tl.zeros([K, BV], tl.float32)
-    if HAS_FINAL:
-        if s + 1 == count:
-            d_state = tl.load(d_final_state + place)
+    behind = tl.zeros([], tl.int64)  # the boundary behind this segment
     if SEGMENTED:
         behind = (first_boundary(n, first, least, apart) + s).to(tl.int64)
-        if SAVE:
+    d_state = ()
+    for p in tl.static_range(K // BK):
+        slab = tl.zeros([BK, BV], tl.float32)
+        if HAS_FINAL:
+            if s + 1 == count:
+                slab = tl.load(d_final_state + place + p * BK)
+        if SEGMENTED and SAVE:
             if s + 1 < count:
-                d_state = tl.load(d_offsets + (behind * HV + hv) * V * K + inside)
+                slab = tl.load(d_offsets + (behind * HV + hv) * V * K + inside + p * BK)
+        d_state = d_state + (slab,)
     for back in tl.range(end - begin, num_stages=STAGES):
         i = end - 1 - back
         slot = (first + i).to(tl.int64) * HV + hv
@@ -85,25 +89,30 @@ def scan_backward_kernel(
         in_k = at[:, None] * K + dim_k[None, :]
         token = start + i * C + row
         b_do = tl.load(d_output + (token[:, None] * HV + hv) * V + dim_v[None, :], (token < stop)[:, None], 0.0)
+        b_do = b_do.to(erase.dtype.element_ty)
         b_pairs = tl.load(pairs_q + at[:, None] * C + row[None, :])
-        b_erase, b_read, b_write = tl.load(erase + in_k), tl.load(read + in_k), tl.load(write + in_k)
-        b_decay = tl.load(decay + slot * K + dim_k)
-        low = d_state.to(b_erase.dtype)
-        if SAVE:
-            tl.store(d_states + slot * V * K + inside, low)
-        b_do = b_do.to(b_erase.dtype)
         du = tl.dot(tl.trans(b_pairs), b_do, input_precision=PRECISION)
-        du = tl.dot(b_write, low, du, input_precision=PRECISION).to(b_erase.dtype)
+        for p in tl.static_range(K // BK):
+            low = d_state[p].to(erase.dtype.element_ty)
+            if SAVE:
+                tl.store(d_states + slot * V * K + inside + p * BK, low)
+            du = tl.dot(tl.load(write + in_k + p * BK), low, du, input_precision=PRECISION)
+        b_du = du.to(erase.dtype.element_ty)
         if SAVE:
-            tl.store(d_written + at[:, None] * V + dim_v[None, :], du)
-        d_state = tl.dot(tl.trans(b_read), b_do, d_state * b_decay[:, None], input_precision=PRECISION)
-        d_state = tl.dot(tl.trans(b_erase), -du, d_state, input_precision=PRECISION)
-    if SAVE:
-        if WANT_INITIAL:
+            tl.store(d_written + at[:, None] * V + dim_v[None, :], b_du)
+        before = ()
+        for p in tl.static_range(K // BK):
+            b_read, b_erase = tl.load(read + in_k + p * BK), tl.load(erase + in_k + p * BK)
+            slab = d_state[p] * tl.load(decay + slot * K + p * BK + dim_k)[:, None]
+            slab = tl.dot(tl.trans(b_read), b_do, slab, input_precision=PRECISION)
+            before = before + (tl.dot(tl.trans(b_erase), -b_du, slab, input_precision=PRECISION),)
+        d_state = before
+    for p in tl.static_range(K // BK):
+        if not SAVE:
+            tl.store(d_offsets + ((behind - 1) * HV + hv) * V * K + inside + p * BK, d_state[p])
+        elif WANT_INITIAL:
             if s == 0:
-                tl.store(d_initial_state + place, d_state)
-    else:
-        tl.store(d_offsets + ((behind - 1) * HV + hv) * V * K + inside, d_state)
+                tl.store(d_initial_state + place + p * BK, d_state[p])
 
 
 def scan_backward(
@@ -135,7 +144,7 @@ def scan_backward(
             scan_backward_kernel[(value_dim // block * v_heads * programs,)](
                 erase, read, write, pairs_q, decay, d_output, d_final_state, d_offsets, d_states, d_written, d_initial,
                 cu_seqlens, cu_chunks, sequences, tokens, plans.cut.most, plans.cut.least, plans.apart,
-                v_heads, key_dim, value_dim, block, plans.cut.FEWEST, packed, d_final_state is not None, initial,
+                v_heads, key_dim, value_dim, min(config["BK"], key_dim), block, plans.cut.FEWEST, packed, d_final_state is not None, initial,
                 plans.boundaries > 0, save, config.num_stages, precision_of(erase.dtype),
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip

@@ -98,7 +98,8 @@ def build(
     build_kernel[((value_dim + key_dim) // block * v_heads * plan.boundaries,)](
         erase, u, write, decay, initial_state, offsets, operators, cu_seqlens, cu_chunks,
         sequences, tokens, plan.cut.most, plan.cut.least, plan.apart,
-        v_heads, key_dim, value_dim, block, plan.cut.FEWEST, cu_seqlens is not None, initial_state is not None,
+        v_heads, key_dim, value_dim, min(config["BK"], key_dim), block, plan.cut.FEWEST, cu_seqlens is not None,
+        initial_state is not None,
         config.num_stages, precision_of(erase.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return offsets, operators
@@ -190,7 +191,7 @@ def segment_of(z, cu_chunks, num_sequences, least, apart, PACKED: tl.constexpr):
 def build_kernel(
     erase, u, write, decay, initial_state, offsets, operators, cu_seqlens, cu_chunks,
     num_sequences, tokens, most, least, apart,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
     PACKED: tl.constexpr, HAS_STATE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Offset and operator of every segment but the last. (V + K) / BV * HV * boundaries programs; state [K, BV] in registers."""
@@ -202,29 +203,39 @@ def build_kernel(
     own = part < V // BV
     if s + 1 >= count or (s == 0 and not own):
         return
-    row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
-    if own:
-        state = tl.zeros([K, BV], tl.float32)
+    row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, BK), part * BV + tl.arange(0, BV)
+    place = ((n * HV + hv).to(tl.int64) * V + dim_v)[None, :] * K + dim_k[:, None]
+    state = ()
+    for p in tl.static_range(K // BK):
+        # A program that makes an operator begins with the identity; one that makes an offset has no such column.
+        slab = tl.where(p * BK + dim_k[:, None] == dim_v[None, :] - V, 1.0, 0.0)
         if HAS_STATE:
             if s == 0:
-                place = ((n * HV + hv).to(tl.int64) * V + dim_v)[None, :] * K + dim_k[:, None]
-                state = tl.load(initial_state + place)
-    else:
-        state = tl.where(dim_k[:, None] == dim_v[None, :] - V, 1.0, 0.0)
+                slab = tl.load(initial_state + place + p * BK)
+        state = state + (slab,)
     for i in tl.range(s * chunks // count, (s + 1) * chunks // count, num_stages=STAGES):
         slot = (first + i).to(tl.int64) * HV + hv
         at = slot * C + row
         in_k = at[:, None] * K + dim_k[None, :]
-        b_erase, b_write = tl.load(erase + in_k), tl.load(write + in_k)
         b_u = tl.load(u + at[:, None] * V + dim_v[None, :], own & (dim_v < V)[None, :], 0.0).to(tl.float32)
-        b_decay = tl.load(decay + slot * K + dim_k)
-        b_u = (b_u - tl.dot(b_erase, state.to(b_erase.dtype), input_precision=PRECISION)).to(b_erase.dtype)
-        state = tl.dot(tl.trans(b_write), b_u, state * b_decay[:, None], input_precision=PRECISION)
-    at = (b.to(tl.int64) * HV + hv) * K
-    if own:
-        tl.store(offsets + ((b.to(tl.int64) * HV + hv) * V + dim_v)[None, :] * K + dim_k[:, None], state)
-    else:
-        tl.store(operators + (at + dim_v - V)[None, :] * K + dim_k[:, None], state)
+        erased = tl.zeros([C, BV], tl.float32)
+        for p in tl.static_range(K // BK):
+            low = state[p].to(u.dtype.element_ty)
+            erased = tl.dot(tl.load(erase + in_k + p * BK), low, erased, input_precision=PRECISION)
+        b_u = (b_u - erased).to(u.dtype.element_ty)
+        after = ()
+        for p in tl.static_range(K // BK):
+            b_write = tl.trans(tl.load(write + in_k + p * BK))
+            b_decay = tl.load(decay + slot * K + p * BK + dim_k)
+            after = after + (tl.dot(b_write, b_u, state[p] * b_decay[:, None], input_precision=PRECISION),)
+        state = after
+    at = b.to(tl.int64) * HV + hv
+    for p in tl.static_range(K // BK):
+        dim = p * BK + dim_k
+        if own:
+            tl.store(offsets + (at * V + dim_v)[None, :] * K + dim[:, None], state[p])
+        else:
+            tl.store(operators + (at * K + dim_v - V)[None, :] * K + dim[:, None], state[p])
 
 
 @triton.jit(do_not_specialize=["tokens", "most", "least", "apart"])
