@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kimi_linear.data.chat import ChatFormat, built_in_template
 from kimi_linear.data.tokenizers import Tokenizer
 from kimi_linear.engine import stream
 from kimi_linear.model import KimiLinear
@@ -177,6 +178,7 @@ def _lm_class() -> type:
             self.model, self.text, self.batch_tokens = model, tokenizer, batch_tokens
             self.window, self.max_new_tokens, self.prefix_id = window, max_new_tokens, prefix_id
             self._device = model.device
+            self._chats = False
 
         @property
         def eot_token_id(self) -> int:
@@ -189,8 +191,26 @@ def _lm_class() -> type:
             return self.text.name
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            """Ids of a text; our tokenizers add nothing at either end."""
-            return self.text.encode(string)
+            """Ids of a text; our tokenizers add nothing at either end. Once lm-eval has asked for the chat template, all
+            its texts come from there, and control tokens that they spell are those tokens."""
+            return self.text.encode(string, special=self._chats)
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            """The text of a chat in the model's own format, up to where the assistant answers."""
+            if not add_generation_prompt:
+                raise ValueError(
+                    "chat template: expected a chat that the assistant answers, got the beginning of its answer too "
+                    "(gen_prefix); take it out of the task"
+                )
+            self._chats = True
+            chat = ChatFormat(self.text)
+            return chat.spelled(chat.render(chat_history))
+
+        def chat_template(self, chat_template: bool | str = False) -> str | None:
+            """The template's text, by which lm-eval tells one run from another; None where none is applied."""
+            if not chat_template:
+                return None
+            return built_in_template() if self.text.chat_template is None else self.text.chat_template
 
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
@@ -226,7 +246,7 @@ def _lm_class() -> type:
             for request in requests:
                 prompt, asked = request.args
                 options = _sampling(normalize_gen_kwargs(asked, self.max_new_tokens))
-                texts.append("".join(stream(self.model, self.text, prompt, **options)))
+                texts.append("".join(stream(self.model, self.text, self.tok_encode(prompt), **options)))
                 self.cache_hook.add_partial("generate_until", (prompt, asked), texts[-1])
             return texts
 

@@ -49,7 +49,11 @@ def metric(name: str, aggregation: str, higher: bool) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Any, folder: Path, names: tuple[str, ...] = ("choice", "perplexity", "generation")
+    model: Any,
+    folder: Path,
+    names: tuple[str, ...] = ("choice", "perplexity", "generation"),
+    *,
+    apply_chat_template: bool = False,
 ) -> dict[str, Any]:
     """lm-eval's own result for ``model``; without its index of thousands of tasks."""
     import lm_eval
@@ -57,7 +61,11 @@ def evaluate(
 
     wanted = [task for task in tasks(folder) if task["task"] in names]
     return lm_eval.simple_evaluate(
-        model=model, tasks=wanted, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False)
+        model=model,
+        tasks=wanted,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=apply_chat_template,
     )
 
 

@@ -119,6 +119,27 @@ def test_a_window_reads_a_long_document_in_pieces(model: KimiLinear) -> None:
     assert abs(found - whole) > 0.1
 
 
+def test_chat_templates(model: KimiLinear, tmp_path: Path) -> None:
+    """The control tokens that the template writes reach the model as such; without it the same text is only text."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}assistant:"
+    tokenizer = ByteTokenizer(chat_template=template)
+    result = evaluate(integration.lm(model, tokenizer), tmp_path, ("choice", "generation"), apply_chat_template=True)
+    assert integration.lm(model, tokenizer).chat_template(True) == template
+    found = [response[0][0] for response in answers(result, "choice")]
+    contexts = [[*b"user: ", *d["question"].encode(), 256, *b"assistant:"] for d in documents()]
+    expected = [
+        plain(model, context, [*choice.encode()])[0]
+        for context, document in zip(contexts, documents(), strict=True)
+        for choice in document["choices"]
+    ]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    texts = [response[0] for response in answers(result, "generation")]
+    streams = [stream(model, tokenizer, c, max_tokens=12, temperature=0, stop=("e",)) for c in contexts]
+    assert texts == ["".join(pieces) for pieces in streams]
+    with pytest.raises(ValueError, match="gen_prefix"):
+        integration.lm(model, tokenizer).apply_chat_template([], add_generation_prompt=False)
+
+
 class Named(ByteTokenizer):
     """A tokenizer with no end and more ids than the model."""
 
