@@ -83,7 +83,7 @@ def scan_kernel(
             if s > 0:
                 b = (first_boundary(n, first, least, apart) + s - 1).to(tl.int64)
                 slab = tl.load(offsets + (b * HV + hv) * V * K + inside + p * BK)
-        state = state + (slab,)
+        state += (slab,)
     for i in tl.range(begin, end, num_stages=STAGES):
         slot = (first + i).to(tl.int64) * HV + hv
         at = slot * C + row
@@ -107,7 +107,7 @@ def scan_kernel(
         for p in tl.static_range(K // BK):
             b_write = tl.trans(tl.load(write + in_k + p * BK))
             b_decay = tl.load(decay + slot * K + p * BK + dim_k)
-            after = after + (tl.dot(b_write, b_u, state[p] * b_decay[:, None], input_precision=PRECISION),)
+            after += (tl.dot(b_write, b_u, state[p] * b_decay[:, None], input_precision=PRECISION),)
         state = after
         token = start + i * C + row
         tl.store(

@@ -81,7 +81,7 @@ def scan_backward_kernel(
         if SEGMENTED and SAVE:
             if s + 1 < count:
                 slab = tl.load(d_offsets + (behind * HV + hv) * V * K + inside + p * BK)
-        d_state = d_state + (slab,)
+        d_state += (slab,)
     for back in tl.range(end - begin, num_stages=STAGES):
         i = end - 1 - back
         slot = (first + i).to(tl.int64) * HV + hv
@@ -105,7 +105,7 @@ def scan_backward_kernel(
             b_read, b_erase = tl.load(read + in_k + p * BK), tl.load(erase + in_k + p * BK)
             slab = d_state[p] * tl.load(decay + slot * K + p * BK + dim_k)[:, None]
             slab = tl.dot(tl.trans(b_read), b_do, slab, input_precision=PRECISION)
-            before = before + (tl.dot(tl.trans(b_erase), -b_du, slab, input_precision=PRECISION),)
+            before += (tl.dot(tl.trans(b_erase), -b_du, slab, input_precision=PRECISION),)
         d_state = before
     for p in tl.static_range(K // BK):
         if not SAVE:

@@ -212,7 +212,7 @@ def build_kernel(
         if HAS_STATE:
             if s == 0:
                 slab = tl.load(initial_state + place + p * BK)
-        state = state + (slab,)
+        state += (slab,)
     for i in tl.range(s * chunks // count, (s + 1) * chunks // count, num_stages=STAGES):
         slot = (first + i).to(tl.int64) * HV + hv
         at = slot * C + row
@@ -227,7 +227,7 @@ def build_kernel(
         for p in tl.static_range(K // BK):
             b_write = tl.trans(tl.load(write + in_k + p * BK))
             b_decay = tl.load(decay + slot * K + p * BK + dim_k)
-            after = after + (tl.dot(b_write, b_u, state[p] * b_decay[:, None], input_precision=PRECISION),)
+            after += (tl.dot(b_write, b_u, state[p] * b_decay[:, None], input_precision=PRECISION),)
         state = after
     at = b.to(tl.int64) * HV + hv
     for p in tl.static_range(K // BK):
