@@ -30,8 +30,6 @@ from torch import Tensor
 from kimi_linear.kernels.triton.column_sum import column_sum
 from kimi_linear.kernels.triton.configs import Config, config_of
 
-MAX_TAPS = 8
-
 
 @triton.jit
 def tile_of(tile, cu_seqlens, tokens, num_sequences, BT: tl.constexpr, PACKED: tl.constexpr):
