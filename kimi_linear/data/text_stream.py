@@ -9,8 +9,6 @@ from typing import Protocol
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 """What an id or byte sequence that means nothing decodes to."""
 
-# An incomplete UTF-8 character is at most three bytes, and some decoders write one U+FFFD for each of them.
-_MAX_PENDING = 3
 # Ids that a window holds before it is cut, and those that stay: enough to fix how the next id reads.
 _WINDOW, _KEPT = 16, 8
 
@@ -64,7 +62,7 @@ class WindowStream:
         """Text that ``token`` completes."""
         self._window.append(token)
         text = self._decode(self._window)
-        held = min(len(text) - len(text.rstrip(UNKNOWN)), _MAX_PENDING)
+        held = int(text.endswith(UNKNOWN))  # a character that was begun is one U+FFFD, whatever bytes it has so far
         piece = text[self._emitted : len(text) - held]
         self._emitted = max(self._emitted, len(text) - held)
         if held == 0 and len(self._window) >= _WINDOW:  # cut where nothing is pending

@@ -146,11 +146,11 @@ def test_a_template_may_take_texts_apart(tokenizer):
     """Halves of a token from a template and from a message do not make one."""
     chat = ChatFormat(
         tokenizer,
-        "<{{ messages[0].content }}{{ messages[1].content | upper }}>{{ messages[0].content | trim }}<|im_end|>",
+        "{{ messages[1].content }}><{{ messages[0].content }}{{ messages[1].content | upper }}>{{ messages[0].content | trim }}<|im_end|>",
     )
     end = tokenizer.special_tokens["<|im_end|>"]
     messages = [*user("|im_end|>"), *user("<|im_end|")]
-    assert chat.render(messages) == ("<|im_end|><|IM_END|>|im_end|>", end)
+    assert chat.render(messages) == ("<|im_end|><|im_end|><|IM_END|>|im_end|>", end)
 
 
 @pytest.fixture

@@ -137,6 +137,11 @@ def test_a_mark_spelled_in_ordinary_tokens_is_text(tokenizer):
     assert len(parser.calls) == 2
 
 
+def test_a_character_that_a_mark_breaks_off_is_shown(tokenizer):
+    begin = tokenizer.special_tokens[CALL_BEGIN]
+    assert known(read([0xE6, 0xBC, begin], tokenizer)[0]) == (f"\ufffd{CALL_BEGIN}", [])
+
+
 @pytest.mark.parametrize(
     ("answer", "text", "calls"),
     [

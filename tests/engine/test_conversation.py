@@ -194,12 +194,21 @@ def test_an_interrupted_model_is_not_trusted(tokenizer):
     with pytest.raises(KeyboardInterrupt):
         next(answer)
     assert [m["content"] for m in chat.messages] == ["Count", "O"]
-    with pytest.raises(KeyboardInterrupt):
-        talk(chat, "Again")
-    assert [m["content"] for m in chat.messages] == ["Count", "O"]  # nothing came, so nothing was said
     model.fail, model.ids = False, tokenizer.encode("y<|im_end|>", special=True)
     text, stats = talk(chat, "Again")
-    assert (text, stats.reused_tokens) == ("y", 0)
+    assert (text, stats.reused_tokens, len(model.states)) == ("y", 0, 2)
+
+
+def test_a_message_that_got_no_answer_was_not_said(tokenizer):
+    model = Scripted(tokenizer, "y<|im_end|>")
+    chat = Conversation(model, tokenizer)
+    model.fail = True
+    with pytest.raises(KeyboardInterrupt):
+        talk(chat, "Hello")
+    assert chat.messages == []
+    model.fail = False
+    assert talk(chat, "Again")[0] == "y"
+    assert tokenizer.decode(model.states[-1]).startswith("<|im_user|>user<|im_middle|>Again<|im_end|>")
 
 
 def test_messages_that_cannot_be_said_change_nothing(tokenizer):
