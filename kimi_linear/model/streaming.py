@@ -20,8 +20,9 @@ from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor
 
 PIECE_BYTES = 8 << 20
 """One read. Large enough for a disk's full speed, small enough to check its numbers while they are in the cache."""
-READERS = 4
-"""Reads under way at once."""
+READERS = 2
+"""Reads under way at once: one places its piece while the other waits for the disk. With four a disk was slower than
+with one, its reads no longer in order (docs/LOG.md)."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
