@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,18 @@ class Score(NamedTuple):
     """Sum of its tokens' log-probabilities, nats."""
     greedy: bool
     """Whether each of its tokens was the likeliest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setup:
+    """The arguments of ``lm``."""
+
+    model: KimiLinear
+    tokenizer: Tokenizer
+    batch_tokens: int
+    window: int | None
+    max_new_tokens: int
+    prefix_id: int
 
 
 def lm(
@@ -74,7 +87,12 @@ def lm(
         prefix_id = candidate if prefix_id is None else prefix_id
     if prefix_id is None:
         raise ValueError("prefix_id: expected a token to begin with, and neither config nor tokenizer has one; pass it")
-    return _lm_class()(model, tokenizer, batch_tokens, window, max_new_tokens, prefix_id)
+    return _lm_class()(
+        _Setup(
+            model=model, tokenizer=tokenizer, batch_tokens=batch_tokens, window=window, max_new_tokens=max_new_tokens,
+            prefix_id=prefix_id,
+        )
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -150,13 +168,32 @@ def _at_places(
     return torch.cat(logprobs).double().cpu(), torch.cat(greedy).cpu()
 
 
+def _whole(
+    model: KimiLinear, documents: list[list[int]], prefix_id: int, window: int | None, batch_tokens: int
+) -> list[float]:
+    """Log-probability of each document after ``prefix_id``, read in windows as lm-eval cuts them: every token once."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    owner: list[int] = []
+    pairs: list[tuple[list[int], list[int]]] = []
+    for i, ids in enumerate(documents):
+        most = max(1, len(ids)) if window is None else window
+        windows = get_rolling_token_windows(ids, prefix_id, max_seq_len=most, context_len=1)
+        pieces = [make_disjoint_window(piece) for piece in windows]
+        owner += [i] * len(pieces)
+        pairs += pieces
+    totals = [0.0] * len(documents)
+    for i, found in zip(owner, score(model, pairs, batch_tokens=batch_tokens), strict=True):
+        totals[i] += found.logprob
+    return totals
+
+
 @functools.cache
 def _lm_class() -> type:
     """The class, made when lm-eval is first asked for: it inherits from one of lm-eval's."""
     try:
         from lm_eval.api.model import TemplateLM
         from lm_eval.models.utils import normalize_gen_kwargs
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError as error:
         raise ImportError(
             f"lm_eval: expected 0.4.9 or later, got: {error}; install it with pip install 'kimi-linear[eval]'"
@@ -165,25 +202,16 @@ def _lm_class() -> type:
     class KimiLinearLM(TemplateLM):
         """A ``KimiLinear`` model and its tokenizer; see ``kimi_linear.integrations.lm_eval.lm``."""
 
-        def __init__(
-            self,
-            model: KimiLinear,
-            tokenizer: Tokenizer,
-            batch_tokens: int,
-            window: int | None,
-            max_new_tokens: int,
-            prefix_id: int,
-        ) -> None:
+        def __init__(self, setup: _Setup) -> None:
             super().__init__()
-            self.model, self.text, self.batch_tokens = model, tokenizer, batch_tokens
-            self.window, self.max_new_tokens, self.prefix_id = window, max_new_tokens, prefix_id
-            self._device = model.device
+            self.setup, self.model, self.text = setup, setup.model, setup.tokenizer
+            self._device = setup.model.device
             self._chats = False
 
         @property
         def eot_token_id(self) -> int:
             """Ends a document; what lm-eval puts before a text without context."""
-            return self.prefix_id
+            return self.setup.prefix_id
 
         @property
         def tokenizer_name(self) -> str:
@@ -214,28 +242,17 @@ def _lm_class() -> type:
 
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
-            scores = score(self.model, pairs, batch_tokens=self.batch_tokens)
+            scores = score(self.model, pairs, batch_tokens=self.setup.batch_tokens)
             found = [(one.logprob, one.greedy) for one in scores]
             for (asked, _, _), answer in zip(requests, found, strict=True):
-                # lm-eval's cache knows a request by its texts; a rolling window has none.
-                if asked is not None:
-                    self.cache_hook.add_partial("loglikelihood", asked, answer)
+                self.cache_hook.add_partial("loglikelihood", asked, answer)
             return found
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Log-probability of each whole text after the prefix token."""
-            pairs: list[tuple[list[int], list[int]]] = []
-            owner: list[int] = []
-            for i, request in enumerate(requests):
-                ids = self.tok_encode(request.args[0])
-                most = self.window or max(1, len(ids))
-                windows = get_rolling_token_windows(ids, self.prefix_id, max_seq_len=most, context_len=1)
-                pieces = [make_disjoint_window(pair) for pair in windows]
-                pairs += pieces
-                owner += [i] * len(pieces)
-            totals = [0.0] * len(requests)
-            for i, found in zip(owner, score(self.model, pairs, batch_tokens=self.batch_tokens), strict=True):
-                totals[i] += found.logprob
+            documents = [self.tok_encode(request.args[0]) for request in requests]
+            setup = self.setup
+            totals = _whole(self.model, documents, setup.prefix_id, setup.window, setup.batch_tokens)
             for request, total in zip(requests, totals, strict=True):
                 self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
             return totals
@@ -245,7 +262,7 @@ def _lm_class() -> type:
             texts = []
             for request in requests:
                 prompt, asked = request.args
-                options = _sampling(normalize_gen_kwargs(asked, self.max_new_tokens))
+                options = _sampling(normalize_gen_kwargs(asked, self.setup.max_new_tokens))
                 texts.append("".join(stream(self.model, self.text, self.tok_encode(prompt), **options)))
                 self.cache_hook.add_partial("generate_until", (prompt, asked), texts[-1])
             return texts

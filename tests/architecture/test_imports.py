@@ -23,6 +23,7 @@ OPTIONAL = (
     "matplotlib",
     "playwright",
     "fla",
+    "lm_eval",
 )
 COLD = ("triton", "transformers", "tensorboard", "matplotlib", "tyro", "rich")
 MOST_SECONDS = 0.3
