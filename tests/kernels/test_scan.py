@@ -1,20 +1,24 @@
-"""The scans without a GPU: interpreted at small shapes, compiled for every architecture, and the cost model by itself."""
+"""The scans without a GPU: interpreted at small shapes, compiled for every architecture, and the cutting rule by itself."""
 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from .launches import SHARED_LIMIT, Launch, compiled_for
 
 pytest.importorskip("triton", reason="needs triton; pip install -c constraints.txt triton")
 
 HERE = Path(__file__).parent
 
 
-def test_interpreted_in_every_layout_at_every_gate_whole_and_cut() -> None:
+def test_interpreted_in_every_layout_whole_and_cut() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(HERE / "interpreted_scan.py")],
@@ -25,6 +29,72 @@ def test_interpreted_in_every_layout_at_every_gate_whole_and_cut() -> None:
     )
     assert done.returncode == 0, done.stderr
     checks = [line.split() for line in done.stdout.splitlines()]
-    assert len(checks) == 95
+    assert len(checks) == 86
     for name, error, bound in checks:
         assert float(error) <= float(bound), (name, error, bound)
+
+
+def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 4000) -> list[Launch]:
+    """Every kernel of both directions, with all that they can do switched on, in bf16."""
+    from kimi_linear.kernels.triton.scan import scan
+    from kimi_linear.kernels.triton.scan_backward import scan_backward
+    from kimi_linear.kernels.triton.segments import Cut
+
+    chunks, cut = 2 * -(-tokens // 128), Cut(most=4)
+
+    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    erase, read, write = (made(chunks, 1, 64, key_dim) for _ in range(3))
+    u, pairs, output = made(chunks, 1, 64, value_dim), made(chunks, 1, 64, 64), made(1, tokens, 1, value_dim)
+    decay = made(chunks, 1, key_dim, dtype=torch.float32)
+    state = made(2, 1, value_dim, key_dim, dtype=torch.float32)
+    layout = torch.tensor([0, tokens // 2, tokens]), torch.tensor([0, chunks // 2, chunks], dtype=torch.int32)
+    with compiled_for(arch) as launches:
+        result = scan(erase, u, read, write, pairs, decay, state, output, *layout, save=True, export=[(0, 64)], cut=cut)
+        scan_backward(erase, read, write, pairs, decay, output, state, result.operators, *layout, cut=cut)
+    return launches
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("key_dim", [32, 64, 128, 256])
+@pytest.mark.unpoisoned
+def test_compiles_without_spills(key_dim: int, arch: int) -> None:
+    """Every bf16 configuration of the table: no spilled register, no more shared memory than there is."""
+    launches = launched(arch, key_dim, max(key_dim, 64))
+    assert [launch.kernel.removesuffix("_kernel") for launch in launches] == [
+        "build", "combine", "scan", "scan_backward", "combine", "scan_backward"
+    ]  # fmt: skip
+    for launch in launches:
+        assert launch.stack == 0, launch
+        assert launch.shared <= SHARED_LIMIT[arch], launch
+
+
+@pytest.mark.unpoisoned
+def test_another_length_compiles_nothing_new() -> None:
+    """Neither the number of tokens, nor of chunks, boundaries or segments is in the compiled code."""
+    first, second = launched(90, 32, 32), launched(90, 32, 32, tokens=4224)
+    assert [launch.variant for launch in first] == [launch.variant for launch in second]
+
+
+def test_a_cut_follows_the_length_alone_and_leaves_room_for_every_boundary() -> None:
+    from kimi_linear.kernels.triton.segments import Cut, choose_cut, plan
+
+    assert choose_cut(32, 128).segments(10**6) == 1  # 32 heads in slices of 32 fill the chip
+    assert choose_cut(4, 128).segments(1024) == 8
+    assert choose_cut(4, 128).segments(31) == 1  # fewer than four segments of eight chunks
+    assert choose_cut(1, 128).segments(1024) == 32
+    draw = random.Random(0)
+    for _ in range(200):
+        cut = Cut(most=draw.randint(1, 40), least=draw.randint(1, 12))
+        sizes = [draw.choice([0, 1, 7, 40, 300]) for _ in range(draw.randint(1, 12))]
+        first = [sum(sizes[:n]) for n in range(len(sizes))]
+        made = plan(cut, len(sizes), sum(sizes) + draw.randint(0, 3), packed=True)
+        taken: list[int] = []
+        for n, size in enumerate(sizes):
+            begin = n * made.apart if made.apart else first[n] // cut.least
+            taken += range(begin, begin + cut.segments(size) - 1)
+        assert len(set(taken)) == len(taken), (cut, sizes)
+        assert max(taken, default=-1) < made.boundaries or not taken, (cut, sizes)
+        rows = plan(cut, 3, 3 * sizes[0], packed=False)
+        assert rows.boundaries == 3 * (cut.segments(sizes[0]) - 1)

@@ -1,0 +1,103 @@
+"""The scans on a GPU: right at every gate and width whole and cut, bitwise the same in any slot, far offsets, in a graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kimi_linear.testing.chunk_scan import ScanInputs, exact_scan, scan_inputs
+from kimi_linear.testing.factories import GATE_KINDS
+from kimi_linear.testing.tolerances import relative_error
+
+pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]
+
+BOUND, GRADIENT_BOUND = 5e-3, 1e-2
+"""Relative errors of bf16 against fp64: the bounds that the whole operation is held to."""
+LENGTHS = [100, 0, 1, 64, 900]
+
+
+def both(inputs: ScanInputs, most: int) -> dict[str, Tensor]:
+    """Forward with all that it saves and backward, sequences cut in at most ``most`` segments."""
+    from kimi_linear.kernels.triton.scan import scan
+    from kimi_linear.kernels.triton.scan_backward import scan_backward
+    from kimi_linear.kernels.triton.segments import Cut
+
+    x, cut = inputs, Cut(most=most, least=2)
+    output = torch.full_like(x.d_output, torch.nan)
+    result = scan(
+        x.erase, x.u, x.read, x.write, x.pairs_q, x.decay, x.initial_state, output, x.cu_seqlens, x.cu_chunks,
+        save=True, cut=cut,
+    )  # fmt: skip
+    gradients = scan_backward(
+        x.erase, x.read, x.write, x.pairs_q, x.decay, x.d_output, x.d_final_state, result.operators, x.cu_seqlens,
+        x.cu_chunks, cut=cut,
+    )  # fmt: skip
+    names = ("final_state", "states", "written")
+    return {"output": output, **{name: getattr(result, name) for name in names}, **gradients._asdict()}
+
+
+def hold(results: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    for name, got in results.items():
+        error = relative_error(got[: len(exact[name])], exact[name])
+        assert error < (GRADIENT_BOUND if name.startswith("d_") else BOUND), (name, error)
+
+
+@pytest.mark.parametrize("most", [1, 6])
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_right_at_every_gate(gate: str, most: int) -> None:
+    inputs = scan_inputs(LENGTHS, 2, 128, 128, gate=gate, dtype=torch.bfloat16, device="cuda", spare=3)
+    hold(both(inputs, most), exact_scan(inputs))
+
+
+@pytest.mark.parametrize("most", [1, 6])
+@pytest.mark.parametrize("value_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("key_dim", [32, 64, 128, 256])
+def test_every_width(key_dim: int, value_dim: int, most: int) -> None:
+    inputs = scan_inputs([600], 1, key_dim, value_dim, dtype=torch.bfloat16, device="cuda")
+    hold(both(inputs, most), exact_scan(inputs))
+
+
+@pytest.mark.parametrize("most", [1, 6])
+def test_two_runs_and_any_slot_are_bitwise_equal(most: int) -> None:
+    inputs = scan_inputs(LENGTHS, 2, 128, 128, dtype=torch.bfloat16, device="cuda", spare=3)
+    first, second = both(inputs, most), both(inputs, most)
+    used = int(inputs.cu_chunks[-1])  # type: ignore[index]
+    for name in first:
+        part = slice(None) if name.endswith(("output", "_state")) else slice(used)
+        assert torch.equal(first[name][part], second[name][part]), name
+    last = {name: x[used - 15 : used] for name, x in inputs.tensors().items() if "state" not in name}
+    last |= {name: x[-1:] for name, x in inputs.tensors().items() if "state" in name}
+    last["d_output"] = inputs.d_output[:, -900:].contiguous()
+    alone = both(replace(inputs, **last, cu_seqlens=None, cu_chunks=None, lengths=(900,)), most)
+    assert torch.equal(alone["output"], first["output"][:, -900:])
+    assert torch.equal(alone["final_state"][0], first["final_state"][-1])
+    assert torch.equal(alone["d_initial_state"][0], first["d_initial_state"][-1])
+    for name in ("states", "written", "d_states", "d_written"):
+        assert torch.equal(alone[name], first[name][used - 15 : used]), name
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    """576K tokens of 32 heads of 128 are 2.4e9 numbers: the last chunks equal those of a scan that begins there."""
+    few = scan_inputs([1024], 4, 128, 128, packed=False, gate="fast", dtype=torch.bfloat16, device="cuda")
+    long = both(few.repeated(heads=8, times=576), 1)
+    entering = long["states"][-16].float()[None].contiguous()
+    short = few.repeated(heads=8)
+    last = both(replace(short, initial_state=entering), 1)
+    # States are kept in bf16, so what enters differs by a rounding.
+    assert relative_error(long["output"][:, -1024:], last["output"]) < BOUND
+    assert relative_error(long["d_written"][-16:], last["d_written"]) == 0
+
+
+def test_a_graph_replays_what_ran() -> None:
+    inputs = scan_inputs(LENGTHS, 2, 128, 128, dtype=torch.bfloat16, device="cuda", spare=3)
+    eager = both(inputs, 6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(inputs, 6)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured["output"], eager["output"])
+    assert torch.equal(captured["d_initial_state"], eager["d_initial_state"])
