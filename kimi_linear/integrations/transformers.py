@@ -234,7 +234,7 @@ def _model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             starts = bounds[:-1].long().repeat_interleave(bounds.diff().long())
             # Transformers builds the mask of full attention from position_ids, and only where there is no other.
             position_ids = (place - starts).view(given.shape[:2])
-            attention_mask = None if _is_padding(attention_mask) else attention_mask
+            attention_mask = None if attention_mask is _padding(attention_mask) else attention_mask
             kwargs[PACKED] = bounds
         return original(
             self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -255,9 +255,11 @@ def _check_layers(model: Any) -> None:
             )
 
 
-def _is_padding(mask: Any) -> bool:
-    """Whether a mask is transformers' usual one: [B, T], 1 for tokens and 0 for padding."""
-    return isinstance(mask, Tensor) and mask.ndim == 2
+def _padding(mask: Any) -> Tensor | None:
+    """transformers' usual mask [B, T], 1 for tokens and 0 for padding, alone or among masks made beforehand."""
+    if isinstance(mask, dict):
+        mask = mask.get("linear_attention")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def packed_bounds(
@@ -274,7 +276,7 @@ def packed_bounds(
     Args:
         shape: (B, T). Rows count as one after the other: the places run from 0 to B*T.
         device: where the result goes.
-        attention_mask: [B, T or more], 0 for padding; anything else is not read.
+        attention_mask: [B, T or more], 0 for padding, or transformers' dict of masks; anything else is not read.
         position_ids: [B or 1, T]; a document begins where they do not go on by one.
         cu_seqlens: [N+1] bounds themselves.
         seq_idx: [B or 1, T] number of each token's document.
@@ -285,11 +287,11 @@ def packed_bounds(
     Raises:
         ValueError: two descriptions that differ, or bounds that do not cover the batch.
     """
-    if shape[1] <= 1 or torch.compiler.is_compiling():
+    if shape[1] <= 1 or all(described is None for described in (position_ids, cu_seqlens, seq_idx)):
         return None
     real = torch.ones(shape, dtype=torch.bool, device=device)
-    if _is_padding(attention_mask):
-        real = attention_mask[:, -shape[1] :].to(device=device, dtype=torch.bool)
+    if (padding := _padding(attention_mask)) is not None:
+        real = padding[:, -shape[1] :].to(device=device, dtype=torch.bool)
     begins: dict[str, Tensor] = {}
     if cu_seqlens is not None:
         begins["cu_seq_lens_q"] = _begins_at(cu_seqlens.to(device).long().flatten(), real)

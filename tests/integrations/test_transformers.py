@@ -100,6 +100,19 @@ def test_transformers_leaks_in_kda_alone_too(model: Any) -> None:
     assert furthest(model(ids, **packing(BOUNDS), use_cache=False).logits, expected) < LIMIT
 
 
+@pytest.mark.slow
+@pytest.mark.unchecked_shapes  # jaxtyping's checks do not survive being traced
+@torch.no_grad()
+def test_a_compiled_model_keeps_documents_apart_too(model: Any) -> None:
+    """Or breaks the graph where it must look at the numbers; it never looks away."""
+    ids = tokens(1)
+    expected = alone(model, ids, BOUNDS)
+    integration.patch()
+    compiled = torch.compile(model, backend="eager")
+    assert furthest(compiled(ids, **packing(BOUNDS)).logits, expected) < LIMIT
+    torch.compiler.reset()
+
+
 def test_packed_gradients_are_the_documents_gradients(model: Any) -> None:
     ids = tokens(1)
     labels = ids.clone()
@@ -209,7 +222,11 @@ def test_logits_and_the_cache_are_transformers_own(model: Any) -> None:
             assert furthest(result.logits, whole[:, start:stop]) < LIMIT
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=str,
+)
 def test_generation_is_transformers_own(model: Any, options: dict[str, Any]) -> None:
     """Cached, left-padded, greedy and in beams, whose caches are reordered."""
     ids, mask = tokens(3, 20), torch.ones(3, 20, dtype=torch.int64)
