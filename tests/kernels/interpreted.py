@@ -1,12 +1,13 @@
 """Run by test_triton.py in a process of its own: Triton's interpreter has to be asked for before kernels are imported.
 
 Every gate and layout through the real launch code, on CPU tensors in fp32 (the interpreter's bf16 products are wrong),
-against the plain-torch kernel in fp64. Prints one line per case: name, error of the output, error of the state.
+against the plain-torch kernel in fp64. Prints one line per case: name, then the relative errors of the output, of the state
+and of every gradient.
 """
 
 import torch
 
-from kimi_linear.kernels.triton.chunk_kda import chunk_kda
+from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward
 from kimi_linear.ops import chunk_kda as public
 from kimi_linear.testing.factories import GATE_KINDS, KDAInputs, kda_inputs
 from kimi_linear.testing.tolerances import relative_error
@@ -18,15 +19,29 @@ LAYOUTS = {
 }
 
 
-def run(inputs: KDAInputs) -> tuple[torch.Tensor, torch.Tensor]:
+def problem_of(inputs: KDAInputs) -> Problem:
     gate = inputs.gate
-    parts = (gate, None, None, None)
-    if not isinstance(gate, torch.Tensor):
-        parts = (gate.x, gate.A_log, gate.dt_bias, getattr(gate, "lower_bound", None))
-    scale = inputs.q.shape[-1] ** -0.5
-    return chunk_kda(
-        inputs.q, inputs.k, inputs.v, *parts, inputs.beta, scale, True, inputs.initial_state, inputs.cu_seqlens
+    plain = isinstance(gate, torch.Tensor)
+    return Problem(
+        q=inputs.q,
+        k=inputs.k,
+        v=inputs.v,
+        gate=gate if plain else gate.x,
+        beta=inputs.beta,
+        A_log=None if plain else gate.A_log,
+        dt_bias=None if plain else gate.dt_bias,
+        lower_bound=None if plain else getattr(gate, "lower_bound", None),
+        scale=inputs.q.shape[-1] ** -0.5,
+        normalize=True,
+        initial_state=inputs.initial_state,
+        cu_seqlens=inputs.cu_seqlens,
     )
+
+
+def leaves(inputs: KDAInputs) -> list[torch.Tensor]:
+    gate = inputs.gate
+    parts = [gate] if isinstance(gate, torch.Tensor) else [gate.x, gate.A_log, gate.dt_bias]
+    return [inputs.q, inputs.k, inputs.v, parts[0], inputs.beta, *parts[1:], inputs.initial_state]
 
 
 for layout, arguments in LAYOUTS.items():
@@ -34,12 +49,20 @@ for layout, arguments in LAYOUTS.items():
         for raw in (True, False):
             inputs = kda_inputs(**arguments, gate=kind, raw=raw, normalized=False)
             wide = inputs.to(torch.float64)
+            wanted = [x.requires_grad_() for x in leaves(wide)]
             exact = public(
-                *wide.positional(), normalize_qk=True, initial_state=wide.initial_state, cu_seqlens=wide.cu_seqlens
+                *wide.positional(),
+                normalize_qk=True,
+                initial_state=wide.initial_state,
+                cu_seqlens=wide.cu_seqlens,
+                impl="torch",
             )
-            output, state = run(inputs)
-            print(
-                f"{layout},{kind},{'raw' if raw else 'plain'}",
-                relative_error(output, exact.output),
-                relative_error(state, exact.final_state),
-            )
+            d_output, d_state = torch.randn_like(exact.output), torch.randn_like(exact.final_state)
+            true = torch.autograd.grad((exact.output, exact.final_state), wanted, (d_output, d_state))
+            problem = problem_of(inputs)
+            output, state, _ = forward(problem)
+            gradients = backward(problem, output, d_output.float(), d_state.float())
+            found = [x for x in gradients if x is not None]
+            errors = [relative_error(output, exact.output), relative_error(state, exact.final_state)]
+            errors += [relative_error(a, b) for a, b in zip(found, true, strict=True)]
+            print(f"{layout},{kind},{'raw' if raw else 'plain'}", *(f"{float(e):.3g}" for e in errors))

@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]
 
 LIMIT = 5e-3
 """Relative error of bf16 against fp64: the bound that the field's kernels are held to."""
+GRADIENT_LIMIT = 1e-2
 LAYOUTS = {
     "batch": {"batch": 2, "tokens": 256, "heads": 2, "v_heads": 4},
     "odd": {"batch": 3, "tokens": 131, "heads": 1},
@@ -89,11 +90,135 @@ def test_offsets_past_two_to_the_31() -> None:
     assert torch.equal(whole.final_state, last.final_state)
 
 
-def test_auto_takes_it_without_a_gradient_only() -> None:
-    inputs = kda_inputs(1, 64, 1, key_dim=128, dtype=torch.bfloat16, device="cuda")
-    assert torch.equal(call(inputs, impl="auto").output, call(inputs).output)
+def gradients(inputs: KDAInputs, d_output: torch.Tensor, d_state: torch.Tensor | None, impl: str) -> list[torch.Tensor]:
     wanted = inputs.with_grad()
-    with pytest.raises(ValueError, match="has no backward yet"):
-        call(wanted)
-    call(wanted, impl="auto").output.sum().backward()
-    assert wanted.q.grad is not None
+    gate = wanted.gate
+    of_gate = [gate] if isinstance(gate, torch.Tensor) else [gate.x, gate.A_log, gate.dt_bias]
+    leaves = [wanted.q, wanted.k, wanted.v, wanted.beta, *of_gate]
+    if wanted.initial_state is not None:
+        leaves.append(wanted.initial_state)
+    result = call(wanted, impl=impl)
+    outputs = [result.output] if d_state is None else [result.output, result.final_state]
+    weights = [d_output] if d_state is None else [d_output, d_state]
+    return list(torch.autograd.grad(outputs, leaves, [w.to(o.dtype) for w, o in zip(weights, outputs, strict=True)]))
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_gradients_at_every_gate(gate: str, layout: str, raw: bool) -> None:
+    inputs = kda_inputs(
+        **LAYOUTS[layout], key_dim=128, gate=gate, raw=raw, normalized=False, dtype=torch.bfloat16, device="cuda"
+    )
+    random = torch.Generator("cuda").manual_seed(1)
+    d_output = torch.randn(inputs.v.shape, generator=random, device="cuda").to(torch.bfloat16)
+    assert inputs.initial_state is not None
+    d_state = torch.randn(inputs.initial_state.shape, generator=random, device="cuda")
+    exact = gradients(inputs.to(torch.float64), d_output.double(), d_state.double(), "torch")
+    for found, true in zip(gradients(inputs, d_output, d_state, "triton"), exact, strict=True):
+        assert relative_error(found, true) < GRADIENT_LIMIT
+
+
+@pytest.mark.parametrize("key_dim", [32, 64, 128])
+@pytest.mark.parametrize("value_dim", [32, 64, 128, 256])
+def test_gradients_of_every_width(key_dim: int, value_dim: int) -> None:
+    inputs = kda_inputs(
+        1, 150, 2, key_dim=key_dim, value_dim=value_dim, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda"
+    )
+    d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)
+    exact = gradients(inputs.to(torch.float64), d_output.double(), None, "torch")
+    for found, true in zip(gradients(inputs, d_output, None, "triton"), exact, strict=True):
+        assert relative_error(found, true) < GRADIENT_LIMIT
+
+
+def test_gradients_are_bitwise_repeatable_and_the_same_in_any_slot() -> None:
+    lengths = [100, 64, 131]
+    packed = kda_inputs(tokens=295, heads=2, key_dim=128, lengths=lengths, dtype=torch.bfloat16, device="cuda")
+    d_output = torch.randn(packed.v.shape, device="cuda").to(torch.bfloat16)
+    first, second = gradients(packed, d_output, None, "triton"), gradients(packed, d_output, None, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    start = 0
+    for length in lengths:
+        own = slice(start, start + length)
+        start += length
+        parts = [
+            x[:, own].detach().requires_grad_() for x in (packed.q, packed.k, packed.v, packed.beta, packed.log_decay)
+        ]
+        q, k, v, beta, gate = parts
+        state = None if packed.initial_state is None else packed.initial_state[lengths.index(length)][None]
+        output = chunk_kda(q, k, v, gate, beta, normalize_qk=True, initial_state=state, impl="triton").output
+        for found, in_pack in zip(torch.autograd.grad(output, parts, d_output[:, own]), first, strict=False):
+            assert torch.equal(found, in_pack[:, own])
+
+
+def test_gradients_of_the_past_do_not_depend_on_later_gates() -> None:
+    inputs = kda_inputs(1, 192, 2, key_dim=128, gate="mixed", dtype=torch.bfloat16, device="cuda")
+    d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)
+    d_output[:, 128:] = 0
+    found = []
+    for later in (-1e-3, -99.0):
+        gate = torch.cat([inputs.log_decay[:, :128], torch.full_like(inputs.log_decay[:, 128:], later)], dim=1)
+        leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, gate, inputs.beta)]
+        output = chunk_kda(*leaves, impl="triton").output
+        found.append([x[:, :128] for x in torch.autograd.grad(output, leaves, d_output)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_gradients_past_two_to_the_31() -> None:
+    """The last tokens of 600K get the gradients of their segment alone."""
+    tokens, tail = 600 * 1024, 512
+    q, k, v, x = (torch.randn(1, tokens, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    gate = x.sigmoid_().neg_().mul_(3)
+    beta = torch.rand(1, tokens, 32, device="cuda")
+    head = (y[:, :-tail] for y in (q, k, v, gate, beta))
+    with torch.no_grad():
+        state = chunk_kda(*head, normalize_qk=True, impl="triton").final_state
+    leaves = [y.requires_grad_() for y in (q, k, v, gate, beta)]
+    d_output = torch.randn(1, tail, 32, 128, device="cuda", dtype=torch.bfloat16)
+    whole = chunk_kda(*leaves, normalize_qk=True, impl="triton").output[:, -tail:]
+    of_whole = [y[:, -tail:].clone() for y in torch.autograd.grad(whole, leaves, d_output)]
+    last = [y[:, -tail:].detach().requires_grad_() for y in leaves]
+    alone = chunk_kda(*last, normalize_qk=True, initial_state=state, impl="triton").output
+    for a, b in zip(of_whole, torch.autograd.grad(alone, last, d_output), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiles_into_one_graph_and_records_into_a_cuda_graph() -> None:
+    inputs = kda_inputs(2, 128, 2, key_dim=128, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda")
+    d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)
+
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return chunk_kda(q * 1.0, k, v, inputs.gate, inputs.beta, normalize_qk=True, impl="triton").output
+
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    eager = step(*leaves)
+    compiled = torch.compile(step, fullgraph=True)(*leaves)
+    assert torch.equal(eager, compiled)
+    wanted = torch.autograd.grad(eager, leaves, d_output)
+    for a, b in zip(torch.autograd.grad(compiled, leaves, d_output), wanted, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = step(*leaves)
+        recorded.zero_()
+        graph.replay()
+    assert torch.equal(recorded, eager)
+
+
+def test_is_a_sound_operator_of_torch() -> None:
+    inputs = kda_inputs(
+        1, 70, 2, key_dim=32, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda"
+    ).with_grad()
+    gate = inputs.gate
+    assert not isinstance(gate, torch.Tensor)
+    arguments = (
+        inputs.q, inputs.k, inputs.v, gate.x, inputs.beta, gate.A_log, gate.dt_bias, inputs.initial_state, None, None,
+        32**-0.5, True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.kimi_linear.chunk_kda_forward.default, arguments)
+
+
+def test_auto_takes_it_with_a_gradient_too() -> None:
+    inputs = kda_inputs(1, 64, 1, key_dim=128, dtype=torch.bfloat16, device="cuda").with_grad()
+    assert torch.equal(call(inputs, impl="auto").output, call(inputs).output)

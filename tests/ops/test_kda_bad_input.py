@@ -126,7 +126,6 @@ def test_the_choice_is_a_pure_function_of_facts() -> None:
     assert choose_impl(hopper).impl == "triton"
     assert choose_impl(hopper, "reference").impl == "reference"
     obstacles = {
-        "has no backward yet": {"needs_grad": True},
         "expected compute capability 9.0 or more": {"arch": (8, 0)},
         "expected CUDA tensors, got cpu": {"device": "cpu", "arch": None},
         "expected q in bfloat16, got float32": {"dtype": "float32"},

@@ -1,7 +1,7 @@
 """Kimi Delta Attention in parallel chunks, forward and backward: which kernels run, on which buffers, for how long.
 
-    forward     prepare (all chunks at once) -> scan (chunk after chunk)
-    backward    prepare, scan again            what they made is cheaper to make again than to keep
+    forward     prepare, solve (all chunks at once) -> scan (chunk after chunk)
+    backward    prepare, solve, scan again     what they made is cheaper to make again than to keep
                 scan_backward                  d_u' and the gradient of every chunk's state
                 value_backward, key_backward   all chunks at once
 
@@ -28,6 +28,7 @@ from kimi_linear.kernels.triton.prepare import prepare_kernel
 from kimi_linear.kernels.triton.scan import ScanResult, scan
 from kimi_linear.kernels.triton.scan_backward import scan_backward
 from kimi_linear.kernels.triton.segments import precision_of, shape_class
+from kimi_linear.kernels.triton.solve import solve_kernel
 from kimi_linear.kernels.triton.value_backward import value_backward_kernel
 
 
@@ -54,7 +55,7 @@ class Problem:
 
 
 class Prepared(NamedTuple):
-    """What prepare.py makes of all chunks; ``inverse`` and ``norms`` [chunks, HV, 2, C] only for the backward."""
+    """What prepare.py and solve.py make of all chunks; ``inverse`` and ``norms`` [chunks, HV, 2, C] only for the backward."""
 
     erase: Tensor
     u: Tensor
@@ -115,24 +116,27 @@ def backward(
     layout = _layout_of(problem)
     d_output, output = d_output.contiguous(), output.contiguous()
     prepared = _prepare(problem, layout, save=True)
-    _, result = _scan(problem, layout, prepared, save=True)
+    # The output is there already; where it would go again is where dv goes next.
+    dv, result = _scan(problem, layout, prepared, save=True)
+    erase, _, read, write, pairs_q, decay, inverse, norms = prepared
+    states, written, operators = result.states, result.written, result.operators
+    del prepared, result  # u is needed no more
     reverse = scan_backward(
-        prepared.erase, prepared.read, prepared.write, prepared.pairs_q, prepared.decay, d_output, d_final_state,
-        result.operators, problem.cu_seqlens, layout.cu_chunks, initial=problem.initial_state is not None,
+        erase, read, write, pairs_q, decay, d_output, d_final_state, operators, problem.cu_seqlens, layout.cu_chunks,
+        initial=problem.initial_state is not None,
     )  # fmt: skip
-    inverse, norms, states, written = prepared.inverse, prepared.norms, result.states, result.written
-    del prepared, result  # a third of the memory, needed no more
-    d_right, d_initial = reverse.d_written, reverse.d_initial_state
+    del erase, read, write, pairs_q, operators
+    d_right = reverse.d_written
     assert inverse is not None
     assert norms is not None
     assert states is not None
     assert written is not None
-    dv, d_keys, d_pairs, sums = _value_backward(
-        problem, layout, inverse, written, d_right, output, d_output, value_config
+    d_keys, d_pairs, sums = _value_backward(
+        problem, layout, inverse, written, d_right, output, d_output, dv, value_config
     )
     del inverse
     parts = (norms, states, reverse.d_states, written, d_right, d_output, d_keys, d_pairs, sums)
-    return _key_backward(problem, layout, parts, dv, d_initial, key_config)
+    return _key_backward(problem, layout, parts, dv, reverse.d_initial_state, key_config)
 
 
 def _prepare(problem: Problem, layout: _Layout, *, save: bool, config: Config | None = None) -> Prepared:
@@ -149,17 +153,25 @@ def _prepare(problem: Problem, layout: _Layout, *, save: bool, config: Config | 
         decay=made(key_dim, dtype=torch.float32), inverse=made(CHUNK, CHUNK) if save else None,
         norms=made(2, CHUNK, dtype=torch.float32) if save else None,
     )  # fmt: skip
-    config = config or config_of("kda_prepare", q, shape_class(key_dim, q.dtype))
-    # Entries of the inverse are at most 2 for normalized keys, so fp16 serves: as exact as tf32, and half as wide.
-    solve = tl.float16 if problem.normalize and layout.dot == tl.bfloat16 else tl.float32
+    # Entries of pairs_k are at most 2 for normalized keys, so fp16 serves: as exact as tf32, and half as wide.
+    pairs_k = made(
+        CHUNK, CHUNK, dtype=torch.float16 if problem.normalize and layout.dot == tl.bfloat16 else torch.float32
+    )
+    shape, packed = shape_class(key_dim, q.dtype), problem.cu_seqlens is not None
+    config, solving = config or config_of("kda_prepare", q, shape), config_of("kda_solve", q, shape)
     if chunks:
         prepare_kernel[(chunks, v_heads)](
-            q, k, v, gate, beta, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, stretches(q.device),
-            *prepared, problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens,
-            q.stride(1), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), heads, v_heads, key_dim, value_dim,
-            min(config["BN"], key_dim), min(config["BK"], key_dim), min(config["BV"], value_dim), layout.kind,
-            problem.normalize, problem.cu_seqlens is not None, save, layout.dot, solve, layout.precision,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            q, k, gate, beta, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, stretches(q.device),
+            erase, read, write, pairs_k, prepared.pairs_q, prepared.decay, prepared.norms,
+            problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens,
+            q.stride(1), k.stride(1), gate.stride(1), beta.stride(1), heads, v_heads, key_dim,
+            min(config["BN"], key_dim), min(config["BK"], key_dim), layout.kind, problem.normalize, packed, save,
+            layout.dot, layout.precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        solve_kernel[(chunks, v_heads)](
+            v, beta, problem.cu_seqlens, layout.cu_chunks, pairs_k, erase, prepared.u, prepared.inverse, layout.sequences,
+            tokens, v.stride(1), beta.stride(1), v_heads, key_dim, value_dim, solving["BK"], solving["BV"], packed, save,
+            layout.dot, layout.precision, num_warps=solving.num_warps, num_stages=solving.num_stages,
         )  # fmt: skip
     return prepared
 
@@ -175,12 +187,11 @@ def _scan(
 
 def _value_backward(
     problem: Problem, layout: _Layout, inverse: Tensor, written: Tensor, d_written: Tensor, output: Tensor,
-    d_output: Tensor, config: Config | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dv, d_keys, d_pairs, sums); ``d_written`` becomes d_right."""
+    d_output: Tensor, dv: Tensor, config: Config | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(d_keys, d_pairs, sums); ``dv`` is written, ``d_written`` becomes d_right."""
     v, beta, (chunks, v_heads) = problem.v, problem.beta, written.shape[:2]
     tokens, value_dim = v.shape[1], v.shape[3]
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_keys, d_pairs = torch.empty_like(inverse), torch.empty_like(inverse)
     sums = torch.empty(chunks, v_heads, 4, CHUNK, dtype=torch.float32, device=v.device)
     config = config or config_of("kda_value_backward", v, shape_class(problem.q.shape[3], v.dtype))
@@ -191,7 +202,7 @@ def _value_backward(
             min(config["BV"], value_dim), problem.cu_seqlens is not None, layout.dot, layout.precision,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return dv, d_keys, d_pairs, sums
+    return d_keys, d_pairs, sums
 
 
 def _key_backward(
@@ -216,7 +227,7 @@ def _key_backward(
         key_backward_kernel[(layout.chunks * slices, v_heads)](
             q, k, gate, beta, A_log, dt_bias, problem.cu_seqlens, layout.cu_chunks, stretches(device), *parts,
             dq, dk, d_gate, d_beta, d_A, d_bias, problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens,
-            layout.chunks, batch * tokens, q.stride(1), k.stride(1), gate.stride(1), beta.stride(1), heads, v_heads,
+            layout.chunks, batch * tokens, 0, q.stride(1), k.stride(1), gate.stride(1), beta.stride(1), heads, v_heads,
             key_dim, value_dim, block, min(config["BV"], value_dim), layout.kind, problem.normalize,
             problem.cu_seqlens is not None, layout.dot, layout.precision,
             num_warps=config.num_warps, num_stages=config.num_stages,

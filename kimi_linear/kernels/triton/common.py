@@ -1,13 +1,43 @@
-"""What the kernels share: a chunk's place in the tokens, the gate in the kernel, sums over stretches of tokens."""
+"""What the chunk kernels share: a chunk's place in the tokens, the gate in the kernel, sums over stretches of tokens.
+
+A sum of log-decays over any stretch of a chunk's tokens is one row of a 0/1 matrix times g, so it runs on the matrix unit,
+where a scan over rows would shuffle. The matrices are constants in global memory: built in the kernel from comparisons
+they cost more instructions than the products that they feed.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
 CHUNK = 64
 """C, tokens per chunk, in four tiles of 16."""
+LEVELS = 6
+"""Halvings of a chunk: blocks of 1, 2, ... 32 tokens, a later one reading the earlier one beside it."""
 LOG2E = tl.constexpr(1.4426950408889634)
+MAX_RANGE = tl.constexpr(100.0)  # 2^100 times a product of rows stays far from fp32's 2^127
+TILE = tl.constexpr(6)  # rows of ``stretches``, after the levels: from the start of a tile of 16 through the token
+INTO = tl.constexpr(7)  # from the chunk's start through the token
+ONWARD = tl.constexpr(8)  # after the token to the chunk's end
+
+
+@cache
+def stretches(device: torch.device) -> torch.Tensor:
+    """[9, C, C] bf16 of 0 and 1; row r of each marks the tokens whose log-decays are summed for token r.
+
+    0 to 5: at level n, in blocks of 2^n, a token of a later half counts from its half's start through itself, one of the
+    earlier half beside it from after itself to the half's end. Then TILE, INTO and ONWARD.
+    """
+    r, c = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
+    made = []
+    for level in range(LEVELS):
+        later = ((r >> level) & 1) == 1
+        made.append(((r >> level) == (c >> level)) & ((later & (c <= r)) | (~later & (c > r))))
+    made += [(r // 16 == c // 16) & (c <= r), c <= r, c > r]
+    return torch.stack(made).to(device=device, dtype=torch.bfloat16)
 
 
 @triton.jit
@@ -30,6 +60,42 @@ def chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C: tl.constexp
 
 
 @triton.jit
+def power2(x, DOT: tl.constexpr):
+    """2^x. For 16-bit inputs one instruction that flushes denormals, where ``tl.exp2`` takes four to keep them."""
+    if DOT == tl.float32:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def log2(x, DOT: tl.constexpr):
+    """Base-2 logarithm, as ``power2``."""
+    if DOT == tl.float32:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def load_gate(gate, dt_bias, row, valid, dim, stride, GATE: tl.constexpr):
+    """Gate values [C, BK] of a slice of key channels in fp32, with the bias where the gate is a raw projection."""
+    x = tl.load(gate + row[:, None] * stride + dim[None, :], valid[:, None], 0.0).to(tl.float32)
+    if GATE != 0:
+        x += tl.load(dt_bias + dim).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def chunk_log2_decay(x, amount, lower_bound, GATE: tl.constexpr, DOT: tl.constexpr):
+    """Log2-decay of ``load_gate``: 0 a plain natural-log decay, 1 the softplus gate, 2 the bounded gate; amount = e^A_log."""
+    z = x * LOG2E
+    if GATE == 0:
+        return z
+    if GATE == 1:
+        return tl.maximum(z, log2(1.0 + power2(tl.minimum(z, 126.0), DOT), DOT)) * -amount
+    return lower_bound * LOG2E / (1.0 + power2(z * -amount, DOT))
+
+
+@triton.jit
 def log2_decay(x, A_log, dt_bias, lower_bound, GATE: tl.constexpr):
     """Log2-decay of gate values x: 0 a plain natural-log decay, 1 the softplus gate, 2 the bounded gate."""
     if GATE == 0:
@@ -42,25 +108,39 @@ def log2_decay(x, A_log, dt_bias, lower_bound, GATE: tl.constexpr):
 
 
 @triton.jit
-def gate_slice(
-    gate, A_log, dt_bias, token, valid, hv, dim, stride_g, lower_bound, K: tl.constexpr, GATE: tl.constexpr
-):  # fmt: skip
-    """Log2-decay [C, BK] of a slice of key channels, zero past the sequence's end."""
-    x = tl.load(gate + token[:, None] * stride_g + hv * K + dim[None, :], valid[:, None], 0.0).to(tl.float32)
-    if GATE == 0:
-        g = log2_decay(x, 0.0, 0.0, lower_bound, GATE)
-    else:
-        bias = tl.load(dt_bias + hv * K + dim).to(tl.float32)
-        g = log2_decay(x, tl.load(A_log + hv).to(tl.float32), bias[None, :], lower_bound, GATE)
-    return tl.where(valid[:, None], g, 0.0)
+def held(x, DOT: tl.constexpr):
+    """x as it is, but opaque to the compiler, which otherwise moves what is computed from it out of the loop that it is used
+    in, as fp32 and for good: for a [64, 64] tile 32 registers a thread in place of 16."""
+    if DOT == tl.float32:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2)
 
 
 @triton.jit
-def stretch_sum(selection, g, DOT: tl.constexpr):
-    """``selection @ g`` for a 0/1 matrix: sums over any stretch of tokens on the matrix unit, where a scan over rows would
-    shuffle. For bf16 inputs g goes in as two bf16 terms, which keeps 16 bits of every exponent."""
+def split(g, DOT: tl.constexpr):
+    """g as two bf16 terms, which keep 16 bits of every log-decay; as it is for fp32 inputs."""
     if DOT == tl.float32:
-        return tl.dot(selection.to(tl.float32), g, input_precision="ieee")
+        return g, g
     high = g.to(tl.bfloat16)
-    low = (g - high.to(tl.float32)).to(tl.bfloat16)
-    return tl.dot(selection.to(tl.bfloat16), low, tl.dot(selection.to(tl.bfloat16), high))
+    return high, (g - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def stretch_sum(selection, high, low, DOT: tl.constexpr):
+    """``selection @ g`` for a matrix of ``stretches`` (or its transpose) and a ``split`` g."""
+    if DOT == tl.float32:
+        return tl.dot(selection.to(tl.float32), high, input_precision="ieee")
+    return tl.dot(selection, low, tl.dot(selection, high))
+
+
+@triton.jit
+def tile_sums(high, low, BK: tl.constexpr, DOT: tl.constexpr):
+    """(sum [BK] of a ``split`` g over the chunk, least sum of any channel over a tile of 16).
+
+    Of the two terms, not of g, so that the first cancels against a ``stretch_sum`` from the chunk's start.
+    """
+    g = high.to(tl.float32)
+    if DOT != tl.float32:
+        g += low.to(tl.float32)
+    tiles = tl.sum(tl.reshape(g, [4, 16, BK]), 1)
+    return tl.sum(tiles, 0), tl.min(tiles)

@@ -1,0 +1,97 @@
+"""``chunk_kda`` of the Triton kernels as an operator of torch, with its gradient as a second one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_linear.ops.contract import BoundedGate, Gate, KDAOutput, gate_values
+from kimi_linear.ops.library import define
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "
+    "Tensor? cu_seqlens, float? lower_bound, float scale, bool normalize_qk"
+)
+_DIFFERENTIABLE = 8  # the first inputs; cu_seqlens and the numbers after them have no gradient
+
+
+def triton_chunk_kda(
+    q: Tensor, k: Tensor, v: Tensor, gate: Gate, beta: Tensor, scale: float, normalize_qk: bool,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> KDAOutput:  # fmt: skip
+    """The gate goes into the kernels as it came: no fp32 log-decay is made."""
+    A_log, dt_bias = (None, None) if isinstance(gate, Tensor) else (gate.A_log, gate.dt_bias)
+    lower_bound = gate.lower_bound if isinstance(gate, BoundedGate) else None
+    return KDAOutput(
+        *FORWARD(q, k, v, gate_values(gate), beta, A_log, dt_bias, initial_state, cu_seqlens, lower_bound, scale, normalize_qk)
+    )  # fmt: skip
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, lower_bound: float | None, scale: float, normalize: bool,
+) -> Any:  # fmt: skip
+    from kimi_linear.kernels.triton.chunk_kda import Problem
+
+    return Problem(
+        q=q, k=k, v=v, gate=gate, beta=beta, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound, scale=scale,
+        normalize=normalize, initial_state=initial_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from kimi_linear.kernels.triton.chunk_kda import forward
+
+    return forward(_problem(*inputs))[:2]
+
+
+def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    q, _, v, *_, cu_seqlens = inputs[:9]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = q.new_empty((sequences, v.shape[2], v.shape[3], q.shape[3]), dtype=torch.float32)
+    return v.new_empty(v.shape), state
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[: _DIFFERENTIABLE + 1], output[0])
+    ctx.numbers = inputs[_DIFFERENTIABLE + 1 :]
+
+
+def _gradients(ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, output = ctx.saved_tensors
+    d_output = torch.zeros_like(output) if d_output is None else d_output
+    found = BACKWARD(*inputs, *ctx.numbers, output, d_output, d_final_state)
+    given = [None if x is None else dx for x, dx in zip(inputs[:_DIFFERENTIABLE], found, strict=True)]
+    return (*given, *[None] * (1 + len(ctx.numbers)))
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from kimi_linear.kernels.triton.chunk_kda import backward
+
+    *inputs, output, d_output, d_final_state = arguments
+    found = backward(_problem(*inputs), output, d_output, d_final_state)
+    # A schema has no optional results: an input that was not given has an empty gradient.
+    return tuple(inputs[0].new_empty(0) if x is None else x for x in found)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = arguments[:_DIFFERENTIABLE]
+    return tuple(inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+BACKWARD = define(
+    f"chunk_kda_backward({_INPUTS}, Tensor output, Tensor d_output, Tensor? d_final_state) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=_backward_fake,
+)
+FORWARD = define(
+    f"chunk_kda_forward({_INPUTS}) -> (Tensor, Tensor)",
+    kernel=_forward,
+    fake=_forward_fake,
+    setup_context=_setup,
+    backward=_gradients,
+)
