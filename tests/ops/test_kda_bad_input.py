@@ -138,4 +138,4 @@ def test_the_choice_is_a_pure_function_of_facts() -> None:
         with pytest.raises(ValueError, match=message):
             choose_impl(facts, "triton")
     with pytest.raises(ValueError, match="no 'triton' implementation yet"):
-        choose_impl(dataclasses.replace(hopper, op="recurrent_kda"), "triton")
+        choose_impl(dataclasses.replace(hopper, op="recurrent_gdn"), "triton")
