@@ -115,6 +115,7 @@ def backward(
     problem = _laid_out(problem)
     layout = _layout_of(problem)
     d_output, output = d_output.contiguous(), output.contiguous()
+    d_final_state = None if d_final_state is None else d_final_state.float().contiguous()
     prepared = _prepare(problem, layout, save=True)
     # The output is there already; where it would go again is where dv goes next.
     dv, result = _scan(problem, layout, prepared, save=True)
