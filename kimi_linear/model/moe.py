@@ -17,7 +17,7 @@ from kimi_linear.config import ModelConfig
 from kimi_linear.model.mlp import MLP
 from kimi_linear.model.parameters import KeepsFP32, fp32_parameter
 from kimi_linear.ops.autocast import outside_autocast
-from kimi_linear.ops.moe import Routing, moe_experts, route
+from kimi_linear.ops.moe import Routing, expert_load, moe_experts, route
 
 
 class Router(KeepsFP32):
@@ -96,7 +96,7 @@ class MoE(nn.Module):
             scaling_factor=moe.scaling_factor,
             bias_in_weights=moe.bias_in_weights,
         )
-        self.load = torch.bincount(routing.experts.flatten(), minlength=moe.num_experts)
+        self.load = expert_load(routing, moe.num_experts)
         output = self.experts(tokens, routing)
         if moe.num_shared_experts:
             output = output + self.shared_experts(tokens)

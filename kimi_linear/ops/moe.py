@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kimi_linear.ops.autocast import autocast_like_linear
 from kimi_linear.ops.validation import check_moe_experts, check_route, check_swiglu
+
+FEW_TOKENS = 2
+"""Up to this many tokens copy their experts on a GPU. A copy moves three times the bytes that a product alone reads."""
 
 
 class Routing(NamedTuple):
@@ -86,8 +89,9 @@ def moe_experts(
 ) -> Float[Tensor, "T D"]:
     """Weighted sum of SwiGLU experts: ``sum_j w_j down_e(silu(gate_e x) * up_e x)`` with e = experts[:, j].
 
-    Tokens are sorted by expert, so that each expert is one matrix product. Deterministic, and differentiable in x,
-    the weights of the routing, gate_up and down.
+    Tokens are sorted by expert, so that each expert is one matrix product; on a GPU one or two tokens take copies of
+    their experts instead. In 16 bits on a GPU the host never waits. Deterministic, and differentiable in x, the weights
+    of the routing, gate_up and down.
 
     Args:
         x: [T, D].
@@ -107,13 +111,43 @@ def moe_experts(
     tokens, top_k = routing.experts.shape
     if tokens * top_k == 0:
         return torch.zeros_like(x)
-    order = routing.experts.flatten().argsort(stable=True)
-    place = order.argsort()
-    counts = torch.bincount(routing.experts.flatten(), minlength=gate_up.shape[0])
-    rows = _Rows.apply(x, order // top_k, place, top_k)
-    work = _grouped if _grouped_fits(x, gate_up) else _one_by_one
-    parts = _Rows.apply(work(rows, counts, gate_up, down), place, order, 1).view(tokens, top_k, -1)
+    if _few_fit(x, routing, gate_up, down):
+        parts = _few(x, routing.experts, gate_up, down)
+    else:
+        order = routing.experts.flatten().argsort(stable=True)
+        place = order.argsort()
+        counts = expert_load(routing, gate_up.shape[0])
+        rows = _Rows.apply(x, order // top_k, place, top_k)
+        work = _grouped if _grouped_fits(x, gate_up) else _one_by_one
+        parts = _Rows.apply(work(rows, counts, gate_up, down), place, order, 1).view(tokens, top_k, -1)
     return (parts.to(routing.weights.dtype) * routing.weights[..., None]).sum(1).to(x.dtype)
+
+
+def expert_load(routing: Routing, num_experts: int) -> Int[Tensor, "E"]:
+    """How many tokens chose each of ``num_experts`` experts, [E] int64; the host does not wait for it.
+
+    ``torch.bincount`` reads the largest value to the host, on a GPU once for every layer.
+    """
+    experts = routing.experts.flatten()
+    return experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))
+
+
+def _few(x: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """[T, D] and [T, k] -> [T, k, D], each token against copies of its own experts: two batched products.
+
+    Sorting, and a grouped product over hundreds of experts of which eight have a row, take longer than the copies.
+    """
+    chosen = experts.flatten()
+    rows = x[:, None].expand(-1, experts.shape[1], -1).reshape(len(chosen), -1, 1)
+    inner = swiglu(*torch.bmm(gate_up[chosen], rows).chunk(2, dim=1))
+    return torch.bmm(down[chosen], inner).view(*experts.shape, -1)
+
+
+def _few_fit(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> bool:
+    """On a GPU, one or two tokens without a gradient: that of a copy would be as large as all experts together."""
+    tensors = (x, routing.weights, gate_up, down)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return x.is_cuda and not needs_grad and len(x) <= FEW_TOKENS
 
 
 def _one_by_one(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

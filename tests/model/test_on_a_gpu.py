@@ -87,3 +87,21 @@ def test_a_bf16_model_decodes_through_the_fused_step() -> None:
         pieces = [model(part, state=state).float() for part in tokens[:, 30:].split([1, 1, 4, 4], dim=1)]
         assert state.layers[0].recurrent is memory
     assert relative_error(torch.cat(pieces, dim=1), whole[:, 30:]) < 0.03
+
+
+@pytest.mark.unpoisoned  # the deterministic mode has waits of its own
+@pytest.mark.parametrize("preset", ["tiny-moe", "tiny/mla"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_decoded_token_never_makes_the_host_wait(preset: str, rows: int) -> None:
+    model = KimiLinear(ModelConfig.preset(preset), seed=0).to("cuda", torch.bfloat16)
+    tokens = torch.randint(0, 256, (rows, 20), device="cuda")
+    with torch.no_grad():
+        state = model.make_state(rows)
+        model(tokens, state=state)
+        model(tokens[:, :1], state=state)  # kernels are compiled, libraries set up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits = model(tokens[:, 1:2], state=state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(logits).all()

@@ -93,7 +93,7 @@ def formula(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tenso
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("work", ["_one_by_one", "_grouped"])
+@pytest.mark.parametrize("work", ["_one_by_one", "_grouped", "_few"])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 5, 2), (17, 5, 2), (6, 40, 1), (4, 3, 3)])
 def test_experts_against_a_loop(
     work: str, tokens: int, experts: int, top_k: int, monkeypatch: pytest.MonkeyPatch
@@ -102,7 +102,10 @@ def test_experts_against_a_loop(
     if work == "_grouped" and not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip("this torch has no public grouped_mm")
     dtype = torch.float32 if work == "_grouped" else F64  # torch's grouped product has no fp64
-    monkeypatch.setattr(moe, "_one_by_one", getattr(moe, work))
+    if work == "_few":
+        monkeypatch.setattr(moe, "_few_fit", lambda *_: True)
+    else:
+        monkeypatch.setattr(moe, "_one_by_one", getattr(moe, work))
     x, routing, gate_up, down = make(tokens, experts, top_k, dtype)
     leaves = [t.detach().requires_grad_() for t in (x, routing.weights, gate_up, down)]
     routing = Routing(routing.experts, leaves[1])
@@ -122,6 +125,54 @@ def test_experts_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda x, w, a, b: moe_experts(x, Routing(routing.experts, w), a, b), leaves, fast_mode=True
     )
+
+
+def test_load_counts_the_tokens_of_every_expert() -> None:
+    routing = make(50, experts=7, top_k=3)[1]
+    load = moe.expert_load(routing, 9)
+    assert load.dtype == torch.int64
+    assert load.tolist() == [int((routing.experts == expert).sum()) for expert in range(9)]
+    assert moe.expert_load(Routing(routing.experts[:0], routing.weights[:0]), 3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, moe.FEW_TOKENS])
+def test_few_tokens_on_a_gpu_against_a_loop(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the chosen experts, and nothing sorted; the grouped product gives the same."""
+    x, routing, gate_up, down = (
+        Routing(*(y.cuda() for y in t)) if isinstance(t, Routing) else t.cuda() for t in make(tokens, 40, 8, dtype)
+    )
+    monkeypatch.setattr(moe, "_one_by_one", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(moe, "_grouped", None)
+        few = moe_experts(x, routing, gate_up, down)
+    exact = formula(x.double(), Routing(routing.experts, routing.weights.double()), gate_up.double(), down.double())
+    plain = formula(x, Routing(routing.experts, routing.weights.to(dtype)), gate_up, down)
+    assert_close_to_reference(few, exact, plain, "few")
+    if dtype == torch.bfloat16:
+        monkeypatch.setattr(moe, "_few_fit", lambda *_: False)
+        assert_close_to_reference(moe_experts(x, routing, gate_up, down), exact, plain, "grouped")
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned  # the deterministic mode has waits of its own
+@pytest.mark.parametrize("tokens", [1, 2, 3, 64])
+def test_the_host_never_waits_for_the_experts(tokens: int) -> None:
+    x, _, gate_up, down = (t.cuda() if isinstance(t, Tensor) else t for t in make(tokens, 40, 8, torch.bfloat16))
+    logits, bias = torch.randn(tokens, 40, device="cuda"), torch.zeros(40, device="cuda")
+
+    def layer() -> Tensor:
+        routing = route(logits, bias, top_k=8)
+        return moe_experts(x, routing, gate_up, down) + moe.expert_load(routing, 40).sum()
+
+    with torch.no_grad():
+        layer()  # libraries set themselves up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_experts_are_deterministic_and_ignore_the_neighbours() -> None:
