@@ -36,7 +36,7 @@ class LinearMixer(KeepsFP32):
     ``mix``. Parameters are named as in the released checkpoint.
 
     Attributes:
-        impl: which implementation of the operations runs.
+        impl: which implementation of the operations runs, the convolution and the output norm among them.
     """
 
     FP32: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
@@ -71,6 +71,11 @@ class LinearMixer(KeepsFP32):
         self.o_proj = Linear(self.value_width, width)
         self.flag_parameters()
 
+    @property
+    def row_impl(self) -> Impl:
+        """``impl`` for the convolution and the norm, whose specification is their plain torch form."""
+        return "torch" if self.impl == "reference" else self.impl
+
     def check_impl(self, impl: Impl) -> None:
         """Raise ``ValueError`` unless every operation of this layer has ``impl``."""
         for op in self.OPS:
@@ -104,7 +109,9 @@ class LinearMixer(KeepsFP32):
         if state is not None:
             state.write(final_state, window)
         gate = self.output_gate(x)
-        output = gated_rms_norm(output, gate, self.o_norm.weight, self.o_norm.eps, self.shape.output_gate)
+        output = gated_rms_norm(
+            output, gate, self.o_norm.weight, self.o_norm.eps, self.shape.output_gate, impl=self.row_impl
+        )  # fmt: skip
         return self.o_proj(output.flatten(2))
 
     def mix(
@@ -131,13 +138,17 @@ class LinearMixer(KeepsFP32):
             # Three products, and one kernel that convolves all three where they lie: no weight or result is joined.
             q, k, v = (projection(x) for projection in projections)
             taps = (self.q_conv1d.weight[:, 0], self.k_conv1d.weight[:, 0], self.v_conv1d.weight[:, 0])
-            q, k, v, window = short_conv_qkv(q, k, v, taps, initial_state=window, cu_seqlens=cu_seqlens)
+            q, k, v, window = short_conv_qkv(
+                q, k, v, taps, initial_state=window, cu_seqlens=cu_seqlens, impl=self.row_impl
+            )  # fmt: skip
         else:
             mixed = self._joined(x, projections)
             if self.shape.conv_size:
                 # One convolution over all channels: it is depthwise, so q, k and v still do not mix.
                 taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0]
-                mixed, window = short_conv(mixed, taps, initial_state=window, cu_seqlens=cu_seqlens)
+                mixed, window = short_conv(
+                    mixed, taps, initial_state=window, cu_seqlens=cu_seqlens, impl=self.row_impl
+                )  # fmt: skip
             else:
                 window = mixed.new_zeros(x.shape[0], mixed.shape[-1], 0)
                 mixed = F.silu(mixed)

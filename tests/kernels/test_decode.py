@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -49,10 +51,8 @@ def compiled(kernel, types: dict[str, str], constants: dict[str, object], arch: 
     )
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("tokens", [1, 8])
-@pytest.mark.parametrize("width", [32, 64, 128, 256])
-def test_a_step_compiles_without_spills(width: int, tokens: int, arch: int) -> None:
+def compiled_step(width: int, tokens: int, arch: int):
+    """The kernel as the released model's layers launch it, with per-token states where there are several tokens."""
     from kimi_linear.kernels.triton.decode import decode_kernel, launch_of
 
     launch, heads = launch_of(width, width, tokens, arch), 32
@@ -67,9 +67,31 @@ def test_a_step_compiles_without_spills(width: int, tokens: int, arch: int) -> N
     constants |= {"HAS_KEEP": tokens > 1, "MEMORY_SLOT": row * width, "WINDOW_SLOT": 9 * row}
     for name, size in (("Q", row), ("K", row), ("V", row), ("G", row), ("BETA", heads), ("OG", row)):
         constants |= {f"{name}_B": tokens * size, f"{name}_S": size if tokens > 1 else 0}
-    result = compiled(decode_kernel, types, constants, arch, launch.options)
+    return compiled(decode_kernel, types, constants, arch, launch.options)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+def test_a_step_compiles_without_spills(width: int, tokens: int, arch: int) -> None:
+    result = compiled_step(width, tokens, arch)
     assert result.metadata.shared <= STATIC_SHARED
     assert resources(result.asm["cubin"])[1] == 0
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_rounding_does_not_depend_on_the_number_of_tokens(width: int) -> None:
+    """No product may be fused into a sum but where the source says so: builds for other S chose other products to fuse.
+
+    Every operation that could be fused carries its rounding, and each build has as many of each kind and as many exchanges
+    between lanes, which is what the order of its sums needs.
+    """
+    kinds = []
+    for tokens in (1, 2, 5, 8):
+        ptx = compiled_step(width, tokens, 90).asm["ptx"]
+        assert re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32\b", ptx) == []
+        kinds.append(Counter(re.findall(r"\b(?:(?:mul|add|sub|fma)\.rn\.\S*f32|shfl\.sync\.bfly)", ptx)))
+    assert all(kind == kinds[0] for kind in kinds)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

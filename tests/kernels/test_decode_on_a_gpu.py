@@ -114,7 +114,10 @@ def test_neighbours_and_slots_do_not_matter() -> None:
 @pytest.mark.parametrize("tokens", [2, 5, 8])
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_taking_back_tokens_equals_sequential_decoding(width: int, tokens: int) -> None:
-    """Bitwise, for every number of accepted tokens, outputs, memories and windows."""
+    """Bitwise, for every number of accepted tokens, outputs, memories and windows: what a call of S tokens promises.
+
+    Each S is compiled apart, so this holds only while no build may fuse or order its sums otherwise than another.
+    """
     inputs = decode_inputs(2, tokens, 2, key_dim=width, slots=32, dtype=torch.bfloat16, device="cuda")
     sequential, slots = inputs.fresh(), indices(0, 1)
     keep = indices(*range(2, 2 + 2 * tokens)).view(2, tokens)

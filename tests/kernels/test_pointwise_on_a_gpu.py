@@ -143,23 +143,24 @@ def test_a_graph_replays_the_numbers_of_eager_mode() -> None:
         norm_case(OPS, "sigmoid", 128, dtype=torch.bfloat16, device="cuda"),
     ]
     for case in cases:
-        leaves = {name: x.requires_grad_() for name, x in case.leaves.items()}
 
-        def step(case: Case = case, leaves: dict[str, Tensor] = leaves) -> list[Tensor]:
+        def step(case: Case = case) -> list[Tensor]:
+            # Leaves of its own: autograd ties a leaf to the stream on which it was first used.
+            leaves = {name: x.detach().requires_grad_() for name, x in case.leaves.items()}
             outputs = case.run(leaves)
             loss = sum(y.float().square().sum() for y in outputs)
             return [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]
 
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = step()
-        with torch.no_grad():
-            for x in leaves.values():
-                x.normal_()
+        for x in case.leaves.values():
+            x.normal_()
         graph.replay()
         expected = step()
         torch.cuda.synchronize()

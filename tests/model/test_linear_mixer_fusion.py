@@ -1,4 +1,4 @@
-"""One product for q, k and v where there are many tokens: the same numbers, and never around a replaced projection."""
+"""What a layer does around its memory: one product for q, k and v, with the same numbers; and which implementation runs."""
 
 from __future__ import annotations
 
@@ -50,3 +50,23 @@ def test_a_replaced_projection_runs_its_own_forward(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         layer.q_proj.weight.mul_(2)
     assert_close(doubled.detach(), layer.project(x)[0].detach(), "doubled")
+
+
+def test_an_explicit_implementation_reaches_the_convolution_and_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch is their specification, so "reference" asks for that."""
+    layer, x = first_layer(), torch.randn(1, 8, 128, dtype=torch.float64)
+    asked: list[str] = []
+    for name in ("short_conv", "gated_rms_norm"):
+
+        def watched(*args: object, run=getattr(linear_mixer, name), impl: str = "auto", **named: object) -> object:
+            asked.append(impl)
+            return run(*args, impl=impl, **named)
+
+        monkeypatch.setattr(linear_mixer, name, watched)
+    for impl in ("auto", "torch", "reference"):
+        layer.impl = impl
+        layer(x)
+    assert asked == ["auto", "auto", "torch", "torch", "torch", "torch"]
+    layer.impl = "triton"
+    with pytest.raises(ValueError, match="short_conv with 'triton' expected CUDA tensors, got cpu"):
+        layer(x)

@@ -8,12 +8,16 @@ So one program holds a whole head in registers. It is then the only one that tou
 needs the sum of squares of its outputs: no race, no second pass, no waiting for others. Value heads that share a key head
 share a program. A head too large for the registers goes through in slices of V, its outputs through ``scratch``.
 
-S q is read from the same decayed state as S k, so that both sums run at once. A tile of the state lies as [V, K/32, 32]:
-a sum over K then takes three shuffles among eight lanes, not five among 32.
+S q is read from the same decayed state as S k, so that both sums run at once, in one reduction. A tile of the state lies
+as [V, K/32, 32]: a sum over K then takes three shuffles among eight lanes, not five among 32.
 
 Grid (H, B). Strides and numbers that a model fixes are constants, so a launch passes nothing but pointers. The state stays
 in registers over the tokens of a call; ``keep`` names a slot for the state after each of them. The old window is read until
 the last token is through; all new windows are written at the end.
+
+A call of S tokens gives bitwise what S calls give, so that speculative decoding changes nothing. Builds for different S are
+compiled apart; left free to fuse products into sums, the compiler did so differently in each. So fusion is off, and the two
+places where it pays say ``tl.fma``. Blocks and warps, which set the order of every sum, do not depend on S.
 """
 
 from __future__ import annotations
@@ -82,6 +86,11 @@ def unit(x):
 
 
 @triton.jit
+def add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def finish(o, out_gate, gate_at, weight, output, dim, V: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr):
     """Root-mean-square norm of a head's output, then the gate: 0 none, 1 sigmoid, 2 swish."""
     o = o * tl.rsqrt(tl.sum(o * o, 0) / V + EPS) * tl.load(weight + dim).to(tl.float32)
@@ -138,11 +147,10 @@ def decode_kernel(
                 wide_q = tl.reshape(b_q, [K // LANES, LANES])[None, :, :]
                 wide_k = tl.reshape(b_k, [K // LANES, LANES])[None, :, :]
                 state *= tl.reshape(decay, [K // LANES, LANES])[None, :, :]
-                held = tl.sum(tl.sum(state * wide_k, 1), 1)
-                seen = tl.sum(tl.sum(state * wide_q, 1), 1)
+                held, seen = tl.reduce(tl.reduce((state * wide_k, state * wide_q), 1, add_both), 1, add_both)
                 change = strength * (b_v - held)
-                state += change[:, None, None] * wide_k
-                o = seen + straight * change
+                state = tl.fma(change[:, None, None], wide_k, state)
+                o = tl.fma(straight, change, seen)
                 at = ((b * S + s) * HV + hv) * V
                 if BV == V:
                     gate_at = b * OG_B + s * OG_S + hv * V
@@ -195,10 +203,10 @@ class Launch:
     registers: int | None = None
 
     @property
-    def options(self) -> dict[str, int]:
-        """As Triton's keywords."""
+    def options(self) -> dict[str, int | bool]:
+        """As Triton's keywords. Rounding is as the source says, in every build: see the file's docstring."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": 1, **limit}
+        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False, **limit}
 
 
 def launch_of(key_dim: int, value_dim: int, tokens: int, arch: int) -> Launch:
