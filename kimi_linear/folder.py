@@ -10,13 +10,13 @@ import torch
 
 from kimi_linear.config import ConfigError, ModelConfig, from_release, to_release
 from kimi_linear.config.json_file import read_json_object
+from kimi_linear.config.own_file import check_links
 from kimi_linear.data.tokenizers import Tokenizer, load_tokenizer
 from kimi_linear.model import KimiLinear
 from kimi_linear.model.atomic import replaced_folder
 from kimi_linear.model.checkpoint import GIB, WEIGHT_FILES, fill, stored_tensors, write_weights
 from kimi_linear.model.hub import local_folder
-from kimi_linear.model.own_file import check_links
-from kimi_linear.model.safetensors_file import StoredTensor
+from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor
 
 CONFIG_FILE = "config.json"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,7 +78,7 @@ def load(
             ``kimi_linear.model.hub``).
     """
     folder = local_folder(folder, revision)
-    check_links(folder)
+    check_links(folder, error=CheckpointError)
     values = read_config(folder)
     config = from_release(values)
     stored = stored_tensors(folder)

@@ -28,7 +28,8 @@ class CheckArgs:
     """Flags of ``check``."""
 
     model: tyro.conf.Positional[Path | None] = None
-    """Folder of a model, in the release layout, transformers' or fla's; the newest under runs/ where None."""
+    """Folder of a model, in the release layout, transformers' or fla's, or a name of the hub, such as "owner/model"; the
+    newest under runs/ where None."""
     headers_only: bool = False
     """Look at names, shapes and config.json alone: seconds for any size. Without it every number is read once."""
     json: bool = False

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from kimi_linear.cli.console import closing, memory, parse, seconds, stderr, stdout, track
+from kimi_linear.cli.folders import existing_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class ConvertArgs:
     """Flags of ``convert``."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-    """Folder of a model, in the release layout, transformers' or fla's."""
+    """Folder of a model, in the release layout, transformers' or fla's; or a name of the hub, such as "owner/model"."""
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """Where the result goes: a name that is free, or an empty folder."""
     to: Literal["release", "transformers", "fla"] = "release"
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
 
     from kimi_linear.model.layouts.convert import plan_conversion, write_conversion
 
-    plan = plan_conversion(args.source, to=args.to, repair=args.repair)
+    folder = existing_folder(args.source, "name the folder that holds its config.json")
+    plan = plan_conversion(folder, to=args.to, repair=args.repair)
     out.print(f"{args.source}: {plan.source.layout} layout, to {args.target}: {args.to} layout, {memory(plan.total)}")
     for defect in plan.mended:
         out.print(f"mending {defect.kind}: {defect}")

@@ -25,7 +25,7 @@ class EvalArgs:
     """Flags of ``eval``."""
 
     model: tyro.conf.Positional[Path | None] = None
-    """Folder of a model or of a run; the newest under runs/ where None."""
+    """Folder of a model or of a run, or a name of the hub, such as "owner/model"; the newest under runs/ where None."""
     data: Path | None = None
     """Text file or folder whose held-out part is read; the Python standard library's source where None."""
     length: int = 1024

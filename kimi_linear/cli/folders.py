@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 RUNS = Path("runs")
@@ -22,11 +23,7 @@ def model_folder(named: Path | None, root: Path = RUNS) -> Path:
         if is_model(named):
             return named
         if not named.is_dir():
-            from kimi_linear.model.hub import is_hub_name, local_folder  # torch comes along
-
-            if is_hub_name(str(named)):
-                return local_folder(str(named))
-            raise FileNotFoundError(f"{named}: expected a model folder, got nothing there; try one of those in {root}/")
+            return existing_folder(named, f"try one of those in {root}/")
     where = root if named is None else named
     found = [path.parent for path in where.rglob("config.json") if is_model(path.parent) and not _hidden(path, where)]
     if not found:
@@ -35,6 +32,26 @@ def model_folder(named: Path | None, root: Path = RUNS) -> Path:
         )
     # Ties (one coarse clock tick) go to the later name, which for checkpoints is the later step.
     return max(found, key=lambda folder: ((folder / "config.json").stat().st_mtime_ns, folder.name))
+
+
+def existing_folder(named: Path, way_out: str, files: Sequence[str] | None = None) -> Path:
+    """``named`` where it is a folder, else the hub's model of that name, downloaded.
+
+    Args:
+        named: a folder, or a name such as "moonshotai/Kimi-Linear-48B-A3B-Instruct", which reads as a path.
+        way_out: what to do where it is neither.
+        files: patterns of what to download; all that loading may need where None.
+
+    Raises:
+        FileNotFoundError: it is neither. Others, for a name of the hub, as ``kimi_linear.load``.
+    """
+    if named.is_dir():
+        return named
+    from kimi_linear.model import hub  # torch comes along
+
+    if not hub.is_hub_name(named.as_posix()):
+        raise FileNotFoundError(f"{named}: expected a model folder, got nothing there; {way_out}")
+    return hub.local_folder(named.as_posix(), files=hub.DOWNLOADED if files is None else files)
 
 
 def is_model(folder: Path) -> bool:

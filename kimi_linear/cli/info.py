@@ -5,8 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kimi_linear.cli.console import closing, count, memory, parse, stderr, stdout, table
+from kimi_linear.cli.folders import existing_folder
+
+if TYPE_CHECKING:
+    from kimi_linear.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,18 +21,25 @@ class InfoArgs:
 
     preset: str | None = None
     """Show what this preset costs, such as "kimi-linear-48b-a3b" or "tiny/mla"; "list" names them all."""
+    model: Path | None = None
+    """Show what this model costs, from its config.json alone: a folder in the release layout, or a name of the hub, such
+    as "owner/model"."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, ask, print."""
     args = parse(InfoArgs, "info", argv, "Versions, devices, implementations; or what a preset costs.")
     since = time.monotonic()
-    if args.preset is None:
+    if args.model is not None:
+        _costs(str(args.model), _config_of(args))
+    elif args.preset is None:
         _machine()
     elif args.preset == "list":
         _presets()
     else:
-        _costs(args.preset)
+        from kimi_linear.config import preset
+
+        _costs(args.preset, preset(args.preset))
     closing(stderr(), {}, since)
 
 
@@ -107,11 +120,21 @@ def _presets() -> None:
     stdout().print(table(rows))
 
 
-def _costs(name: str) -> None:
-    from kimi_linear.config import baseline, preset
+def _config_of(args: InfoArgs) -> ModelConfig:
+    from kimi_linear.config import from_release
+    from kimi_linear.folder import CONFIG_FILE, read_config
+
+    assert args.model is not None
+    if args.preset is not None:
+        raise ValueError(f"preset: expected no preset beside --model, got {args.preset!r}; leave one of them out")
+    folder = existing_folder(args.model, "or name a preset: kimi-linear info --preset list", files=(CONFIG_FILE,))
+    return from_release(read_config(folder))
+
+
+def _costs(name: str, config: ModelConfig) -> None:
+    from kimi_linear.config import baseline
     from kimi_linear.engine.footprint import footprint
 
-    config = preset(name)
     twin = baseline(config, "mla")
     ours, theirs = footprint(config), footprint(twin)
     rows = [

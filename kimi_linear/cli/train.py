@@ -68,7 +68,9 @@ def _trainer(args: TrainArgs, console: Console) -> Trainer:
 
     tokenizer: Tokenizer | None = ByteTokenizer() if args.tokenizer is None else load_tokenizer(args.tokenizer)
     if tokenizer is None:
-        raise FileNotFoundError(f"{args.tokenizer}: expected a folder with tokenizer.json or tiktoken.model, found none in it")
+        raise FileNotFoundError(
+            f"{args.tokenizer}: expected a folder with tokenizer.json or tiktoken.model, found none in it"
+        )
     config = preset(args.preset)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_linear.config.json_file import parse_json_object
+from kimi_linear.config.own_file import own_file
 
 CONFIG_FILE = "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
@@ -202,20 +203,8 @@ def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _present(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
-    home = folder.resolve()
-    # The hub's cache is made of links from <model>/snapshots/<revision>/ to <model>/blobs/.
-    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
-    found: dict[str, bytes] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            continue
-        if not any((goal := path.resolve()).is_relative_to(place) for place in homes):
-            raise ValueError(
-                f"{path}: expected a file, got a link to {goal}; put the file itself there if you trust it"
-            )
-        found[name] = path.read_bytes()
-    return found
+    paths = ((name, own_file(folder, name, error=ValueError)) for name in names)
+    return {name: path.read_bytes() for name, path in paths if path.is_file()}
 
 
 def _text(blob: bytes, path: Path) -> str:

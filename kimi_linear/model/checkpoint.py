@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kimi_linear.config.json_file import read_json_object
+from kimi_linear.config.own_file import own_file
 from kimi_linear.model.atomic import replaced_folder
 from kimi_linear.model.model import KimiLinear
 from kimi_linear.model.moe import Experts
-from kimi_linear.model.own_file import own_file
 from kimi_linear.model.parameters import allocate
 from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor, read_header
 from kimi_linear.model.streaming import stream_into
@@ -232,14 +232,14 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     present = {path.name for path in folder.glob("*.safetensors")}
     if not (folder / INDEX_FILE).exists():
         if present == {SINGLE_FILE}:
-            return {own_file(folder, SINGLE_FILE): None}
+            return {own_file(folder, SINGLE_FILE, error=CheckpointError): None}
         if not present:
             raise FileNotFoundError(f"folder: expected {SINGLE_FILE} or {INDEX_FILE} in {folder}, {_instead(folder)}")
         raise CheckpointError(
             f"{folder}: expected {INDEX_FILE} beside several weight files, or {SINGLE_FILE} alone, got "
             f"{', '.join(sorted(present))}; was the download complete?"
         )
-    weight_map = _index(own_file(folder, INDEX_FILE))
+    weight_map = _index(own_file(folder, INDEX_FILE, error=CheckpointError))
     listed: dict[str, set[str]] = {}
     for key, file in weight_map.items():
         listed.setdefault(file, set()).add(key)
@@ -254,7 +254,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{strangers[0]}: found in {folder}, but {INDEX_FILE} lists nothing in it; remove it, or repair the index"
         )
-    return {own_file(folder, name): listed[name] for name in sorted(listed)}
+    return {own_file(folder, name, error=CheckpointError): listed[name] for name in sorted(listed)}
 
 
 def _instead(folder: Path) -> str:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.tiktoken", "*.jinja")
-"""What is downloaded. Never code (*.py) and never pickles (*.bin, *.pt)."""
+from kimi_linear.config.own_file import MODEL_FILES
+
+CODE = "tokenization_*.py"
+"""Code that comes with a vocabulary: never run, only carried along, since vLLM and others want it beside the vocabulary."""
+DOWNLOADED = (*MODEL_FILES, CODE)
+"""What is downloaded. Never a model's code, and never pickles (*.bin, *.pt)."""
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
@@ -16,7 +21,7 @@ def is_hub_name(name: str | Path) -> bool:
     return isinstance(name, str) and bool(_NAME.fullmatch(name)) and not os.path.exists(name.split("/")[0])
 
 
-def local_folder(name: str | Path, revision: str | None = None) -> Path:
+def local_folder(name: str | Path, revision: str | None = None, *, files: Sequence[str] = DOWNLOADED) -> Path:
     """The folder of a model, downloaded first where ``name`` is one of the hub's.
 
     Files that are in the hub's cache already are not downloaded again. Where the cache is, and the token for gated
@@ -25,6 +30,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     Args:
         name: a folder, or text such as "moonshotai/Kimi-Linear-48B-A3B-Instruct". A ``Path`` is always a folder.
         revision: a branch, tag or commit of the hub's repository; its main branch where None.
+        files: patterns of the names to download.
 
     Raises:
         ValueError: a revision of a folder. ImportError: huggingface_hub is missing. FileNotFoundError: the hub has no
@@ -47,7 +53,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
         ) from error
     shown = str(name) if revision is None else f"{name} at {revision}"
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=list(DOWNLOADED)))
+        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=list(files)))
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{shown}: the hub gives it only to accounts that accepted its terms; accept them on its page, then log in "

@@ -140,8 +140,9 @@ def init_weights(model: nn.Module, std: float, seed: int | None) -> None:
     for module in model.modules():
         if isinstance(module, Linear | Embedding | ConvWeight):
             nn.init.normal_(module.weight, std=std, generator=generator)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif callable(getattr(module, "init_weights", None)):

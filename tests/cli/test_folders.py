@@ -52,7 +52,7 @@ def test_an_unfinished_save_is_no_model(tmp_path):
 def test_a_name_of_the_hub_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr("kimi_linear.model.hub.local_folder", lambda name: asked.append(name) or tmp_path)
+    monkeypatch.setattr("kimi_linear.model.hub.local_folder", lambda name, files: asked.append(name) or tmp_path)
     assert model_folder(Path("someone/model")) == tmp_path
     (tmp_path / "runs").mkdir()
     with pytest.raises(FileNotFoundError, match="runs/none: expected a model folder"):

@@ -128,6 +128,18 @@ def test_info_shows_what_the_released_model_costs(capsys):
     assert re.search(r"cache per token\s+7.9 KiB\s+30.4 KiB", out)
 
 
+def test_info_shows_what_a_folder_costs_from_its_config_alone(model, capsys):
+    (model / "model.safetensors").write_bytes(b"not read")
+    assert main(["info", "--model", str(model)]) == 0
+    out = capsys.readouterr().out
+    config = ModelConfig.preset("tiny", num_layers=2, pattern="1:1", initializer_range=0.2)
+    assert f"{sum(p.numel() for p in KimiLinear(config).parameters()):,}" in out
+    assert main(["info", "--model", str(model), "--preset", "tiny"]) == 1
+    assert "preset: expected no preset beside --model, got 'tiny'" in capsys.readouterr().err
+    assert main(["info", "--model", "runs/nothing"]) == 1
+    assert "runs/nothing: expected a model folder, got nothing there; or name a preset" in capsys.readouterr().err
+
+
 def test_info_refuses_a_preset_that_does_not_exist(capsys):
     assert main(["info", "--preset", "huge"]) == 1
     assert "got 'huge'" in capsys.readouterr().err

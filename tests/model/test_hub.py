@@ -85,8 +85,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder = tmp_path_factory.mktemp("hub") / "m"
     config = ModelConfig.preset("tiny-moe", hidden_size=32, moe={"expert_size": 16})
     kl.save(kl.KimiLinear(config, seed=0), folder, ByteTokenizer(), max_shard_bytes=500_000)
-    for name in ("modeling_kimi.py", "pytorch_model.bin", "README.md", "chat_template.jinja", "tiktoken.model.txt"):
+    for name in ("modeling_kimi.py", "pytorch_model.bin", "README.md", "tiktoken.model.txt"):
         (folder / name).write_text("not needed")
+    (folder / "tokenization_kimi.py").write_text("raise SystemExit('this code must never run')")
     server = Hub(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -156,6 +157,70 @@ def test_a_model_is_downloaded_by_name_and_only_what_is_data(hub: Hub, tmp_path:
     offline = loads([(NAME, None), ("not/cached", None)], tmp_path, "http://127.0.0.1:9")
     assert offline[f"{NAME} None"] == found[f"{NAME} None"]
     assert str(offline["not/cached None"]).startswith("ConnectionError: not/cached: no such folder here, and the hub could not be reached")  # fmt: skip
+
+
+VERBS = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from kimi_linear.cli.main import main
+found = []
+for argv in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(argv)
+    found.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def verbs(argvs: list[list[str]], home: Path, endpoint: str) -> list[tuple[int, str, str]]:
+    done = python(f"import sys; sys.argv.append({json.dumps(json.dumps(argvs))})\n{VERBS}", home, endpoint)
+    assert done.returncode == 0, done.stderr
+    return [tuple(each) for each in json.loads(done.stdout.splitlines()[-1])]
+
+
+@pytest.mark.timeout(200)
+def test_the_verbs_take_names_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+    hub.asked.clear()
+    generate = ["generate", "def ", "--model", NAME, "--max-tokens", "5", "--seed", "0", "--device", "cpu"]
+    (cost,) = verbs([["info", "--model", NAME]], tmp_path, endpoint)
+    assert hub.asked == ["config.json"], "what a model costs is known before its weights are downloaded"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("def f(x):\n    return x\n" * 100)
+    measure = ["eval", NAME, "--data", "text", "--length", "64", "--tokens", "512", "--device", "cpu"]
+    argvs = [generate, ["check", NAME, "--headers-only"], ["convert", NAME, "here"], measure]
+    written, checked, converted, measured = verbs(argvs, tmp_path, endpoint)
+    model, tokenizer = kl.load(hub.folder)
+    assert tokenizer is not None
+    config = model.config
+    assert cost[0] == 0
+    assert f"{config.hidden_size:,}" in cost[1]
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in cost[1]
+    text = "".join(kl.stream(model, tokenizer, "def ", max_tokens=5, seed=0))
+    assert (written[0], written[1]) == (0, f"def {text}\n")
+    assert checked[0] == 0, checked
+    assert "release layout" in checked[1]
+    assert converted[0] == 0, converted
+    again, _ = kl.load(tmp_path / "here")
+    assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert measured[0] == 0, measured
+    assert "perplexity" in measured[1]
+    # Without a network: what is in the cache serves, for the rest there is one line that says why.
+    nowhere = ["not/cached", "--model", "not/cached"]
+    argvs = [
+        generate,
+        ["generate", *nowhere[1:]],
+        ["info", *nowhere[1:]],
+        ["check", nowhere[0]],
+        ["convert", nowhere[0], "x"],
+    ]
+    cached, *refused = verbs(argvs, tmp_path, "http://127.0.0.1:9")
+    assert cached[:2] == written[:2]
+    for code, out, err in refused:
+        assert (code, out) == (1, "")
+        assert "not/cached: no such folder here, and the hub could not be reached" in err
+        assert "Traceback" not in err
 
 
 def test_what_is_a_name_and_what_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from kimi_linear.config import ConfigError, ModelConfig, from_release
 from kimi_linear.config.fla import from_fla
 from kimi_linear.config.json_file import read_json_object
+from kimi_linear.config.own_file import own_file
 from kimi_linear.config.release import MODEL_TYPE, VARIANT_TYPE
 from kimi_linear.model.layouts.defects import Defect
 from kimi_linear.model.layouts.files import CONFIG_FILE, ModelFiles, read_files
@@ -30,7 +31,6 @@ from kimi_linear.model.layouts.names import (
 )  # fmt: skip
 from kimi_linear.model.layouts.numbers import PIECE_BYTES, is_finite, read_numbers
 from kimi_linear.model.layouts.settle import LAYER, mend_config
-from kimi_linear.model.own_file import own_file
 from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor
 
 PREFIXES = ("_orig_mod.", "module.")
@@ -129,7 +129,7 @@ def _config_values(folder: Path, defects: list[Defect]) -> dict[str, Any]:
         defects.append(Defect(kind="config-missing", places=(CONFIG_FILE,), found="expected the file, found none"))
         return {}
     try:
-        return read_json_object(own_file(folder, CONFIG_FILE), error=ConfigError)
+        return read_json_object(own_file(folder, CONFIG_FILE, error=CheckpointError), error=ConfigError)
     except (ConfigError, CheckpointError) as error:
         defects.append(Defect(kind="config-unreadable", places=(CONFIG_FILE,), found=str(error)))
         return {}

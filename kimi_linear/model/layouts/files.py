@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_linear.config.json_file import read_json_object
+from kimi_linear.config.own_file import own_file
 from kimi_linear.model.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE
 from kimi_linear.model.layouts.defects import Defect
-from kimi_linear.model.own_file import own_file
 from kimi_linear.model.safetensors_file import MAX_HEADER_BYTES, CheckpointError, StoredTensor, read_header
 
 CONFIG_FILE = "config.json"
@@ -43,7 +43,7 @@ def read_files(folder: Path) -> ModelFiles:
     broken: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            headers[path.name] = read_header(own_file(folder, path.name))
+            headers[path.name] = read_header(own_file(folder, path.name, error=CheckpointError))
         except (CheckpointError, OSError) as error:
             broken.add(path.name)
             defects.append(_broken(path, error))
@@ -97,7 +97,9 @@ def _index(folder: Path, defects: list[Defect]) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        weight_map = read_json_object(own_file(folder, INDEX_FILE), error=CheckpointError).get("weight_map")
+        weight_map = read_json_object(own_file(folder, INDEX_FILE, error=CheckpointError), error=CheckpointError).get(
+            "weight_map"
+        )
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{path}: expected an object 'weight_map' from tensor names to file names")
     except (CheckpointError, OSError) as error:
@@ -174,7 +176,7 @@ def _others(folder: Path, defects: list[Defect]) -> tuple[tuple[Path, ...], tupl
             left.append(path.name)
         else:
             try:
-                others.append(own_file(folder, path.name))
+                others.append(own_file(folder, path.name, error=CheckpointError))
             except CheckpointError as error:
                 defects.append(Defect(kind="outside", places=(path.name,), found=str(error)))
     if pickles:
