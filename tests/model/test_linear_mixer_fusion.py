@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -56,13 +59,13 @@ def test_an_explicit_implementation_reaches_the_convolution_and_the_norm(monkeyp
     """Plain torch is their specification, so "reference" asks for that."""
     layer, x = first_layer(), torch.randn(1, 8, 128, dtype=torch.float64)
     asked: list[str] = []
+
+    def watched(run: Callable[..., object], *args: object, impl: str = "auto", **named: object) -> object:
+        asked.append(impl)
+        return run(*args, impl=impl, **named)
+
     for name in ("short_conv", "gated_rms_norm"):
-
-        def watched(*args: object, run=getattr(linear_mixer, name), impl: str = "auto", **named: object) -> object:
-            asked.append(impl)
-            return run(*args, impl=impl, **named)
-
-        monkeypatch.setattr(linear_mixer, name, watched)
+        monkeypatch.setattr(linear_mixer, name, partial(watched, getattr(linear_mixer, name)))
     for impl in ("auto", "torch", "reference"):
         layer.impl = impl
         layer(x)
