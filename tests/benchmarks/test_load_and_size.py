@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def test_wrong_numbers_get_no_speed(tmp_path: Path) -> None:
 
 
 def test_a_large_checkpoint_takes_what_info_says(tmp_path: Path) -> None:
-    args = large_checkpoint.Args(preset="tiny-moe", device="cpu", tokens=32, decode=3, results=tmp_path)
+    args = large_checkpoint.Args(
+        preset="tiny-moe", device="cpu", tokens=32, decode=3, sequences=3, span=32, results=tmp_path
+    )
     page, worst = large_checkpoint.run(args)
     assert worst < 1e-6
     text = page.read_text()
@@ -75,7 +78,9 @@ def test_a_large_checkpoint_takes_what_info_says(tmp_path: Path) -> None:
 
 def test_memory_that_was_not_foretold_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A convolution window that keeps the whole prompt alive, as a view would, is counted."""
-    args = large_checkpoint.Args(preset="tiny", device="cpu", tokens=32, decode=2, results=tmp_path)
+    args = large_checkpoint.Args(
+        preset="tiny", device="cpu", tokens=32, decode=2, sequences=2, span=32, results=tmp_path
+    )
     original = large_checkpoint.tensors_of
     monkeypatch.setattr(large_checkpoint, "tensors_of", lambda state: [*original(state), torch.zeros(1 << 20)])
     _, worst = large_checkpoint.run(args)
@@ -83,16 +88,60 @@ def test_memory_that_was_not_foretold_is_seen(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_logits_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    args = large_checkpoint.Args(preset="tiny", device="cpu", tokens=8, decode=2, results=tmp_path)
+    args = large_checkpoint.Args(
+        preset="tiny", device="cpu", tokens=8, decode=2, sequences=2, span=32, results=tmp_path
+    )
     monkeypatch.setattr(large_checkpoint, "init_weights", lambda model, std, seed: [p.data.fill_(torch.nan) for p in model.parameters()])  # fmt: skip
-    with pytest.raises(RuntimeError, match="expected finite numbers after 4 tokens"):
+    with pytest.raises(RuntimeError, match="expected finite numbers after 8 tokens"):
         large_checkpoint.run(args)
 
 
 def test_differences_are_shares_of_the_prediction() -> None:
+    args = large_checkpoint.Args(sequences=2, span=100)
     said = Footprint(parameters=1, active_parameters=1, weight_bytes=1000, state_bytes=200, token_bytes=10)
-    got = large_checkpoint.Measured(weight_bytes=1010, state_bytes=190.0, token_bytes=10.0, making=1, first=1, prefill=1, decode=1, peak=None)  # fmt: skip
-    differences = [row[-1] for row in large_checkpoint.compared("x", said, got, 4096)]
-    assert differences == pytest.approx([0.01, -0.05, 0.0])
+    got = large_checkpoint.Measured(weight_bytes=1010, state_bytes=190.0, token_bytes=10.0, together=2448, making=1, first=1, prefill=1, decode=1, peak=None, step=None)  # fmt: skip
+    differences = [row[-1] for row in large_checkpoint.compared("x", said, got, args)]
+    assert differences == pytest.approx([0.01, -0.05, 0.0, 0.02])
     full = dataclasses.replace(said, state_bytes=0)
-    assert large_checkpoint.compared("x", full, got, 190)[1][-1] == pytest.approx(0.1)
+    assert large_checkpoint.compared("x", full, got, args)[1][-1] == pytest.approx(0.19)
+
+
+def test_a_profile_is_counted_by_the_token() -> None:
+    def event(name: str, device: torch.autograd.DeviceType, us: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us))
+
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [event("gemm", cuda, 30.0), event("Memcpy DtoH", cuda, 2.0), event("aten::mm", cpu, 90.0)] * 4
+    events += [event("cudaStreamSynchronize", cpu, 50.0)] * 2 + [event("cudaDeviceSynchronize", cpu, 9.0)]
+    step = large_checkpoint.counted(events, tokens=4)
+    assert (step.launches, step.waits) == (2, 0.5)
+    assert step.busy == pytest.approx(32e-6)
+    got = large_checkpoint.Measured(weight_bytes=1, state_bytes=1, token_bytes=1, together=1, making=1, first=1, prefill=1, decode=64e-4, peak=None, step=step)  # fmt: skip
+    shown = large_checkpoint.speeds(got, large_checkpoint.Args(decode=64))["a decoded token"]
+    assert shown == "2 launches, 0 waits of the host, device busy 0.0 ms (32%)"
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["large_checkpoint"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        large_checkpoint.main()
+    assert stopped.value.code == 0
+    assert "needs a CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_memory_is_what_the_allocator_says() -> None:
+    before = large_checkpoint.used("cuda", ())
+    kept = torch.empty(1000, dtype=torch.uint8, device="cuda")
+    after = large_checkpoint.used("cuda", ())
+    assert after.asked - before.asked == kept.nbytes == 1000
+    assert after.taken - before.taken == 1024
+
+
+@pytest.mark.gpu
+def test_a_large_checkpoint_takes_what_info_says_on_a_gpu(tmp_path: Path) -> None:
+    args = large_checkpoint.Args(preset="tiny-moe", tokens=256, decode=3, sequences=256, span=256, results=tmp_path)
+    page, worst = large_checkpoint.run(args)
+    assert worst < 0.1  # small tensors: the allocator's steps of 512 bytes count
+    assert "launches" in page.read_text()
