@@ -278,7 +278,7 @@ def speeds(got: Measured, args: Args) -> dict[str, str]:
     if got.step is not None:
         share = got.step.busy * args.decode / got.decode
         found["a decoded token"] = (
-            f"{got.step.launches:,.0f} launches, {got.step.waits:.0f} waits of the host, "
+            f"{got.step.launches:,.0f} launches, {got.step.waits:.1f} waits of the host, "
             f"device busy {got.step.busy * 1e3:.1f} ms ({share:.0%})"
         )
     return found
