@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_linear.ops import AVAILABLE, Choice, Impl, SoftplusGate, choose_impl, chunk_kda
-from kimi_linear.ops.kda import _facts
+from kimi_linear.ops import AVAILABLE, Choice, Impl, SoftplusGate, choose_impl, chunk_kda, kda_facts
 from kimi_linear.testing.factories import KDAInputs
 
 Variant: TypeAlias = Callable[[KDAInputs], Tensor]
@@ -36,7 +35,7 @@ def choice(inputs: KDAInputs, impl: Impl, *, needs_grad: bool) -> Choice:
     with torch.set_grad_enabled(needs_grad):
         if needs_grad:
             inputs = inputs.with_grad(clone=False)
-        return choose_impl(_facts("chunk_kda", *inputs.positional(), None), impl)
+        return choose_impl(kda_facts("chunk_kda", *inputs.positional(), None), impl)
 
 
 def our_variants(inputs: KDAInputs, *, needs_grad: bool) -> tuple[dict[str, Variant], dict[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_linear.ops import AVAILABLE, BoundedGate, Choice, Gate, Impl, OpFacts, SoftplusGate, choose_impl
+from kimi_linear.ops import AVAILABLE, BoundedGate, Choice, Gate, Impl, OpFacts, SoftplusGate, choose_impl, kda_facts
 from kimi_linear.ops import chunk_kda as our_chunk_kda
 from kimi_linear.ops.validation import check_kda
 
@@ -64,18 +64,7 @@ class Call:
 
     def facts(self) -> OpFacts:
         """What the choice of an implementation depends on."""
-        gate = [self.gate] if isinstance(self.gate, Tensor) else [self.gate.x, self.gate.A_log, self.gate.dt_bias]
-        tensors = [self.q, self.k, self.v, self.beta, self.initial_state, *gate]
-        return OpFacts(
-            op="chunk_kda",
-            device=self.q.device.type,
-            arch=torch.cuda.get_device_capability(self.q.device) if self.q.is_cuda else None,
-            dtype=str(self.q.dtype).removeprefix("torch."),
-            tokens=self.q.shape[1],
-            key_dim=self.q.shape[-1],
-            value_dim=self.v.shape[-1],
-            needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
-        )
+        return kda_facts("chunk_kda", self.q, self.k, self.v, self.gate, self.beta, self.initial_state)
 
 
 def register(*, impl: Impl = "auto") -> None:

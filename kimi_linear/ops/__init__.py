@@ -1,9 +1,10 @@
 """Public mathematics: the operations of Kimi Linear, validated and differentiable, whatever implementation runs them."""
 
-from kimi_linear.ops.contract import BoundedGate, Gate, Impl, KDAOutput, SoftplusGate, log_decay
+from kimi_linear.ops.contract import BoundedGate, Gate, Impl, KDAOutput, KDAStates, SoftplusGate, log_decay
 from kimi_linear.ops.decode import ConvTaps, DecodePool, HeadNorm, kda_decode
 from kimi_linear.ops.dispatch import AVAILABLE, Choice, OpFacts, choose_impl
-from kimi_linear.ops.kda import chunk_kda, recurrent_kda
+from kimi_linear.ops.kda import chunk_kda, kda_facts, recurrent_kda
+from kimi_linear.ops.kda_states import chunk_kda_states
 from kimi_linear.ops.linear_attention import chunk_gdn, chunk_mamba2, recurrent_gdn, recurrent_mamba2
 from kimi_linear.ops.mla import mla_absorbed, mla_attention, rotary
 from kimi_linear.ops.moe import Routing, moe_experts, route, swiglu
@@ -21,6 +22,7 @@ __all__ = [
     "HeadNorm",
     "Impl",
     "KDAOutput",
+    "KDAStates",
     "OpFacts",
     "QKVConvOutput",
     "Routing",
@@ -28,9 +30,11 @@ __all__ = [
     "choose_impl",
     "chunk_gdn",
     "chunk_kda",
+    "chunk_kda_states",
     "chunk_mamba2",
     "gated_rms_norm",
     "kda_decode",
+    "kda_facts",
     "l2_normalize",
     "log_decay",
     "mla_absorbed",

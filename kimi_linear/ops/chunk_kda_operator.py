@@ -1,13 +1,14 @@
-"""``chunk_kda`` of the Triton kernels as an operator of torch, with its gradient as a second one."""
+"""``chunk_kda`` of the Triton kernels as an operator of torch, its gradient as a second one, and ``chunk_kda_states``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kimi_linear.ops.contract import BoundedGate, Gate, KDAOutput, gate_values
+from kimi_linear.ops.contract import BoundedGate, Gate, KDAOutput, KDAStates, gate_values
 from kimi_linear.ops.library import define
 
 _INPUTS = (
@@ -22,10 +23,27 @@ def triton_chunk_kda(
     initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> KDAOutput:  # fmt: skip
     """The gate goes into the kernels as it came: no fp32 log-decay is made."""
+    return KDAOutput(*FORWARD(*_inputs(q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens)))
+
+
+def triton_chunk_kda_states(
+    q: Tensor, k: Tensor, v: Tensor, gate: Gate, beta: Tensor, offsets: Sequence[tuple[int, int]], scale: float,
+    normalize_qk: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> KDAStates:  # fmt: skip
+    """As ``triton_chunk_kda``, with the states at ``offsets``."""
+    inputs = _inputs(q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens)
+    return KDAStates(*STATES(*inputs, [n for n, _ in offsets], [offset for _, offset in offsets]))
+
+
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, gate: Gate, beta: Tensor, scale: float, normalize_qk: bool,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """In the order of ``_INPUTS``."""
     A_log, dt_bias = (None, None) if isinstance(gate, Tensor) else (gate.A_log, gate.dt_bias)
     lower_bound = gate.lower_bound if isinstance(gate, BoundedGate) else None
-    return KDAOutput(
-        *FORWARD(q, k, v, gate_values(gate), beta, A_log, dt_bias, initial_state, cu_seqlens, lower_bound, scale, normalize_qk)
+    return (
+        q, k, v, gate_values(gate), beta, A_log, dt_bias, initial_state, cu_seqlens, lower_bound, scale, normalize_qk,
     )  # fmt: skip
 
 
@@ -52,6 +70,19 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty((sequences, v.shape[2], v.shape[3], q.shape[3]), dtype=torch.float32)
     return v.new_empty(v.shape), state
+
+
+def _states(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from kimi_linear.kernels.triton.chunk_kda import forward
+
+    *inputs, sequences, tokens = arguments
+    output, final_state, states = forward(_problem(*inputs), export=list(zip(sequences, tokens, strict=True)))
+    return output, final_state, final_state.new_empty(0, *final_state.shape[1:]) if states is None else states
+
+
+def _states_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, final_state = _forward_fake(*inputs[:-2])
+    return output, final_state, final_state.new_empty(len(inputs[-1]), *final_state.shape[1:])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -94,4 +125,9 @@ FORWARD = define(
     fake=_forward_fake,
     setup_context=_setup,
     backward=_gradients,
+)
+STATES = define(
+    f"chunk_kda_states({_INPUTS}, int[] sequences, int[] tokens) -> (Tensor, Tensor, Tensor)",
+    kernel=_states,
+    fake=_states_fake,
 )

@@ -23,6 +23,10 @@ NORM_EPS = 1e-6
 """Added to the sum of squares when ``normalize_qk`` scales q and k to unit length."""
 
 
+STATE_CHUNK = 64
+"""States are handed out after multiples of this many tokens: the chunk of the GPU kernels."""
+
+
 class KDAOutput(NamedTuple):
     """Result of ``chunk_kda`` and ``recurrent_kda``.
 
@@ -34,6 +38,19 @@ class KDAOutput(NamedTuple):
 
     output: Tensor
     final_state: Tensor
+
+
+class KDAStates(NamedTuple):
+    """Result of ``chunk_kda_states``.
+
+    Attributes:
+        output, final_state: as of ``KDAOutput``.
+        states: [E, HV, V, K], value-major, in final_state's dtype: the memory after each of the offsets asked for.
+    """
+
+    output: Tensor
+    final_state: Tensor
+    states: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from kimi_linear.ops.contract import Impl
 
 AVAILABLE: dict[str, tuple[Impl, ...]] = {
     "chunk_kda": ("reference", "torch", "triton"),
+    "chunk_kda_states": ("reference", "torch", "triton"),
     "recurrent_kda": ("reference", "torch", "triton"),
     "kda_decode": ("reference", "torch", "triton"),
     "chunk_gdn": ("reference", "torch"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from kimi_linear.ops.autocast import outside_autocast
 from kimi_linear.ops.chunk_kda_operator import triton_chunk_kda
 from kimi_linear.ops.contract import Gate, Impl, KDAOutput, log_decay
-from kimi_linear.ops.dispatch import OpFacts, choose_impl
+from kimi_linear.ops.dispatch import OpFacts, choose_impl, device_arch
 from kimi_linear.ops.norm import l2_normalize
 from kimi_linear.ops.recurrent import triton_recurrent_kda
 from kimi_linear.ops.validation import check_kda
@@ -59,8 +59,8 @@ def chunk_kda(
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, offset, sign or implementation.
     """
     check_kda(q, k, v, gate, beta, initial_state, cu_seqlens)
-    choice = choose_impl(_facts("chunk_kda", q, k, v, gate, beta, initial_state), impl)
-    scale = _scale(scale, q)
+    choice = choose_impl(kda_facts("chunk_kda", q, k, v, gate, beta, initial_state), impl)
+    scale = scale_or_default(scale, q)
     if choice.impl == "triton":
         return triton_chunk_kda(q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens)
     g = log_decay(gate)
@@ -100,11 +100,11 @@ def recurrent_kda(
             ``state_indices`` where a gradient is asked for.
     """
     check_kda(q, k, v, gate, beta, initial_state, cu_seqlens, state_indices)
-    facts = _facts("recurrent_kda", q, k, v, gate, beta, initial_state)
+    facts = kda_facts("recurrent_kda", q, k, v, gate, beta, initial_state)
     choice = choose_impl(facts, impl)
     if state_indices is not None and facts.needs_grad:
         raise ValueError("state_indices: an update in place has no gradient; call under torch.no_grad()")
-    scale = _scale(scale, q)
+    scale = scale_or_default(scale, q)
     if choice.impl == "triton":
         return triton_recurrent_kda(
             q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens, state_indices
@@ -127,23 +127,24 @@ def recurrent_kda(
     return KDAOutput(output, initial_state)
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
+def scale_or_default(scale: float | None, q: Tensor) -> float:
+    """``scale`` as given, or K**-0.5."""
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _facts(op: str, q: Tensor, k: Tensor, v: Tensor, gate: Gate, beta: Tensor, initial_state: Tensor | None) -> OpFacts:
-    tensors = [
-        q,
-        k,
-        v,
-        beta,
-        initial_state,
-        *([gate] if isinstance(gate, Tensor) else [gate.x, gate.A_log, gate.dt_bias]),
-    ]
+def kda_facts(
+    op: str, q: Tensor, k: Tensor, v: Tensor, gate: Gate, beta: Tensor, initial_state: Tensor | None
+) -> OpFacts:
+    """What the choice of an implementation of ``op`` depends on, for these arguments (shapes as ``chunk_kda``).
+
+    ``choose_impl(kda_facts("chunk_kda", ...), impl)`` is what the operation itself asks.
+    """
+    of_gate = (gate,) if isinstance(gate, Tensor) else (gate.x, gate.A_log, gate.dt_bias)
+    tensors = (q, k, v, beta, initial_state, *of_gate)
     return OpFacts(
         op=op,
         device=q.device.type,
-        arch=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
+        arch=device_arch(q.device.index) if q.is_cuda else None,
         dtype=str(q.dtype).removeprefix("torch."),
         tokens=q.shape[1],
         key_dim=q.shape[-1],

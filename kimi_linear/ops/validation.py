@@ -7,6 +7,7 @@ values (sign of the log-decay, order of ``cu_seqlens``) run only on CPU tensors,
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -130,6 +131,29 @@ def check_state_indices(indices: Tensor, sequences: int, slots: int, device: tor
         raise ValueError(
             f"state_indices: expected distinct slots (two sequences would overwrite each other), got {values}"
         )
+
+
+def check_offsets(
+    offsets: Sequence[tuple[int, int]], sequences: int, tokens: int, cu_seqlens: Tensor | None, chunk: int
+) -> None:
+    """``offsets``: different pairs (sequence, tokens), tokens a multiple of ``chunk`` from there to the sequence's length."""
+    lengths = None if cu_seqlens is None or cu_seqlens.device.type != "cpu" else cu_seqlens.diff().tolist()
+    for pair in offsets:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(type(number) is int for number in pair)):
+            raise TypeError(f"offsets: expected pairs of int, (sequence, tokens), got {pair!r}")
+        n, offset = pair
+        if not 0 <= n < sequences:
+            raise ValueError(f"offsets: expected a sequence in [0, {sequences}), got {pair}")
+        if offset < chunk or offset % chunk:
+            raise ValueError(
+                f"offsets: expected tokens in multiples of {chunk} from {chunk} on, got {pair}; round down, and run the "
+                "tokens in between again"
+            )
+        length = tokens if lengths is None else lengths[n]
+        if offset > length:
+            raise ValueError(f"offsets: expected tokens up to the sequence's length {length}, got {pair}")
+    if len(set(offsets)) != len(offsets):
+        raise ValueError(f"offsets: expected no pair twice, got {list(offsets)}")
 
 
 def check_not_positive(name: str, decay: Tensor, way_out: str) -> None:

@@ -141,6 +141,7 @@ def scan(
             ``chunks`` may be more than there are. None: every row of B is a sequence.
         save: keep what the backward pass needs.
         export: pairs of a sequence and a number of its tokens, a multiple of C between C and its length, no pair twice.
+            The state is NaN where a packed sequence is shorter.
         cut, config, build_config: instead of the chosen ones, for benchmarks and tests.
     """
     (batch, tokens), (chunks, v_heads, _, key_dim), value_dim = output.shape[:2], erase.shape, u.shape[3]
@@ -149,8 +150,11 @@ def scan(
     final_state = decay.new_empty(sequences, v_heads, value_dim, key_dim)
     states = erase.new_empty(chunks, v_heads, value_dim, key_dim) if save else None
     written = torch.empty_like(u) if save else None
-    exported = decay.new_empty(len(export), v_heads, value_dim, key_dim) if export else None
-    slots = _export_slots(export, chunks, tokens, cu_chunks, erase.device) if export else None
+    slots, exported = None, None
+    if export:
+        slots = _export_slots(export, chunks, tokens, cu_seqlens, cu_chunks, erase.device)
+        # Only the GPU knows where a packed sequence ends; what lies behind that is not written.
+        exported = decay.new_full((len(export), v_heads, value_dim, key_dim), torch.nan)
     plans = plan(cut or choose_cut(v_heads, value_dim), sequences, chunks, packed)
     offsets, operators = None, None
     if plans.boundaries:
@@ -176,8 +180,9 @@ def scan(
 
 
 def _export_slots(
-    export: Sequence[tuple[int, int]], chunks: int, tokens: int, cu_chunks: Tensor | None, device: torch.device
-) -> Tensor:
+    export: Sequence[tuple[int, int]], chunks: int, tokens: int, cu_seqlens: Tensor | None, cu_chunks: Tensor | None,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
     """[chunks] int32: where the state at a chunk's end goes, -1 for nowhere."""
     if len(set(export)) < len(export) or any(offset < CHUNK or offset % CHUNK for _, offset in export):
         raise ValueError(
@@ -185,7 +190,13 @@ def _export_slots(
             f"got {list(export)}"
         )
     sequence, offset = torch.tensor(list(export), device=device).unbind(1)
-    first = sequence * triton.cdiv(tokens, CHUNK) if cu_chunks is None else cu_chunks[sequence]
-    slots = torch.full((chunks,), -1, dtype=torch.int32, device=device)
-    slots[first + offset // CHUNK - 1] = torch.arange(len(export), dtype=torch.int32, device=device)
-    return slots
+    if cu_seqlens is None:
+        chunk, length = sequence * triton.cdiv(tokens, CHUNK), tokens
+    else:
+        assert cu_chunks is not None
+        chunk, length = cu_chunks[sequence], cu_seqlens.diff()[sequence]
+    # A state past its sequence's end goes into one place more than there is, not into a neighbour's.
+    chunk = torch.where(offset <= length, chunk + offset // CHUNK - 1, chunks)
+    slots = torch.full((chunks + 1,), -1, dtype=torch.int32, device=device)
+    slots[chunk] = torch.arange(len(export), dtype=torch.int32, device=device)
+    return slots[:chunks]
