@@ -12,12 +12,10 @@ only the inputs and the output are kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -245,11 +243,14 @@ def _key_backward(
 
 def _layout_of(problem: Problem) -> _Layout:
     batch, tokens = problem.q.shape[:2]
-    sequences, chunks, cu_chunks = batch, batch * triton.cdiv(tokens, CHUNK), None
-    if problem.cu_seqlens is not None:
-        sequences = problem.cu_seqlens.numel() - 1
-        cu_chunks = F.pad(((problem.cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0), (1, 0)).to(torch.int32)
-        chunks = tokens // CHUNK + sequences  # at most; the exact number would make the host wait
+    sequences, chunks, cu_chunks = batch, batch * -(-tokens // CHUNK), None
+    cu_seqlens = problem.cu_seqlens
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.numel() - 1
+        # Sequence n begins at chunk n + (its first token) // C, which leaves room for as many as it may have: three small
+        # launches, where counting exactly took nine. A chunk that nobody needs is empty, as are those behind the last.
+        cu_chunks = torch.arange(sequences + 1, dtype=torch.int32, device=cu_seqlens.device).add_(cu_seqlens // CHUNK)
+        chunks = tokens // CHUNK + sequences  # the exact number would make the host wait
     return _Layout(
         sequences=sequences,
         chunks=chunks,
@@ -266,13 +267,14 @@ def _laid_out(problem: Problem) -> Problem:
     A_log, dt_bias, initial_state = (
         None if x is None else x.contiguous() for x in (problem.A_log, problem.dt_bias, problem.initial_state)
     )
-    return Problem(
-        q=q, k=k, v=v, gate=gate, beta=beta, A_log=A_log, dt_bias=dt_bias, lower_bound=problem.lower_bound,
-        scale=problem.scale, normalize=problem.normalize, initial_state=initial_state, cu_seqlens=problem.cu_seqlens,
+    return replace(
+        problem, q=q, k=k, v=v, gate=gate, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state
     )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:
+    if x.is_contiguous():  # nearly always, and a tenth of the cost of looking closer
+        return x
     dense = x[0, 0].is_contiguous() if x.numel() else True
     whole = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if dense and whole else x.contiguous()

@@ -137,8 +137,8 @@ def scan(
         pairs_q: [chunks, HV, C, C]. decay: [chunks, HV, K] fp32.
         initial_state: [N, HV, V, K] fp32, zero where None.
         output: [B, T, HV, V], written.
-        cu_seqlens: [N+1] where sequences are packed, with cu_chunks [N+1] int32, the running number of chunks. Then
-            ``chunks`` may be more than there are. None: every row of B is a sequence.
+        cu_seqlens: [N+1] where sequences are packed, with cu_chunks [N+1] int32, the first chunk of each, which may
+            leave gaps, and a number that is not below what follows the last. Then ``chunks`` may be more than there are. None: every row of B is a sequence.
         save: keep what the backward pass needs.
         export: pairs of a sequence and a number of its tokens, a multiple of C between C and its length, no pair twice.
             The state is NaN where a packed sequence is shorter.
@@ -191,7 +191,7 @@ def _export_slots(
         )
     sequence, offset = torch.tensor(list(export), device=device).unbind(1)
     if cu_seqlens is None:
-        chunk, length = sequence * triton.cdiv(tokens, CHUNK), tokens
+        chunk, length = sequence * -(-tokens // CHUNK), tokens
     else:
         assert cu_chunks is not None
         chunk, length = cu_chunks[sequence], cu_seqlens.diff()[sequence]

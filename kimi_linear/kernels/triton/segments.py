@@ -16,6 +16,7 @@ once combined, the state at the boundary; operators [boundaries, HV, K, K] fp32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -74,9 +75,10 @@ def choose_cut(v_heads: int, value_dim: int) -> Cut:
     A scan takes a fixed time per chunk while programs are fewer than processors. Cut in S, a sequence takes 2 / S of the
     time (build, then expand), so S is worth it from about four.
     """
-    return Cut(most=max(1, PROCESSORS // (v_heads * triton.cdiv(value_dim, 32))))
+    return Cut(most=max(1, PROCESSORS // (v_heads * -(-value_dim // 32))))
 
 
+@cache
 def shape_class(key_dim: int, dtype: torch.dtype) -> str:
     """Under which the table keeps the scans' configurations."""
     return f"K={key_dim} {torch.finfo(dtype).bits} bit"
