@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor
 
 PIECE_BYTES = 8 << 20
 """One read. Large enough for a disk's full speed, small enough to check its numbers while they are in the cache."""
-READERS = 2
-"""Reads under way at once: one places its piece while the other waits for the disk. With four a disk was slower than
+READERS = 3
+"""Reads under way at once: some place their pieces while another waits for the disk. With four a disk was slower than
 with one, its reads no longer in order (docs/LOG.md)."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -52,25 +53,28 @@ def stream_into(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
     own = threading.local()
 
     def read(piece: _Piece) -> None:
-        target = piece.target
+        target, descriptor = piece.target, opened[piece.stored.path].fileno()
         if target.device.type == "cpu" and target.dtype == piece.stored.dtype:
-            _read_into(piece, target)
+            _read_into(descriptor, piece, target)
             _check_finite(piece)
             return
         if not hasattr(own, "buffer"):
             own.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=target.is_cuda)
         staged = own.buffer[: piece.nbytes].view(piece.stored.dtype)
-        _read_into(piece, staged)
+        _read_into(descriptor, piece, staged)
         target.copy_(staged)
         _check_finite(piece)
 
-    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
-        try:
-            for _ in pool.map(read, pieces):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with ExitStack() as files:
+        # Open to the end: the kernel reads ahead by what it has seen of a descriptor, and of a new one it has seen nothing.
+        opened = {path: files.enter_context(path.open("rb", buffering=0)) for path in {s.path for s, _ in ordered}}
+        with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
+            try:
+                for _ in pool.map(read, pieces):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def _pieces(stored: StoredTensor, target: Tensor) -> list[_Piece]:
@@ -80,22 +84,18 @@ def _pieces(stored: StoredTensor, target: Tensor) -> list[_Piece]:
     return [_Piece(stored, i * PIECE_BYTES, part) for i, part in enumerate(parts) if part.numel()]
 
 
-def _read_into(piece: _Piece, tensor: Tensor) -> None:
+def _read_into(descriptor: int, piece: _Piece, tensor: Tensor) -> None:
     """Fill a flat CPU tensor of the stored dtype."""
     stored, at = piece.stored, piece.stored.start + piece.offset
     room = tensor.view(torch.uint8).numpy().data
-    descriptor = os.open(stored.path, os.O_RDONLY)
-    try:
-        while room:
-            got = os.preadv(descriptor, [room], at)
-            if got == 0:
-                raise CheckpointError(
-                    f"{stored.name}: expected {len(room):,} more bytes in {stored.path}, got its end; "
-                    "the file changed while it was read"
-                )
-            room, at = room[got:], at + got
-    finally:
-        os.close(descriptor)
+    while room:
+        got = os.preadv(descriptor, [room], at)
+        if got == 0:
+            raise CheckpointError(
+                f"{stored.name}: expected {len(room):,} more bytes in {stored.path}, got its end; "
+                "the file changed while it was read"
+            )
+        room, at = room[got:], at + got
 
 
 def _check_finite(piece: _Piece) -> None:
