@@ -13,6 +13,7 @@ from kimi_linear.testing.factories import GATE_KINDS, KDAInputs, kda_inputs
 from kimi_linear.testing.tolerances import relative_error
 
 torch.set_num_threads(1)
+torch.manual_seed(0)
 LAYOUTS = {
     "batch": {"batch": 2, "tokens": 100, "heads": 1, "v_heads": 2, "key_dim": 32},
     "packed": {"tokens": 100, "heads": 1, "key_dim": 32, "value_dim": 64, "lengths": [0, 20, 1, 70, 0, 9]},

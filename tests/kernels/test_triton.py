@@ -18,7 +18,11 @@ HERE = Path(__file__).parent
 
 
 def test_interpreted_at_every_gate_and_layout() -> None:
-    """fp32, where the only errors are rounding: outputs, states and every gradient, at gates up to e^-766."""
+    """fp32, where the only errors are rounding: outputs, states and every gradient, at gates up to e^-766.
+
+    At the strong gates a chunk's log2-decay reaches -4,400, where fp32 steps by 2^-12 = 2.4e-4; what is left of the chunk
+    after a token is a difference of two such sums. bf16 rounds its factors by 4e-3 and sees none of it.
+    """
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(HERE / "interpreted.py")], capture_output=True, text=True, env=environment, check=False
@@ -27,7 +31,8 @@ def test_interpreted_at_every_gate_and_layout() -> None:
     cases = [line.split() for line in done.stdout.splitlines()]
     assert len(cases) == 20
     for name, *errors in cases:
-        assert all(float(error) < 1e-4 for error in errors), (name, errors)
+        limit = 5e-4 if "stress" in name or "mixed" in name else 3e-5
+        assert all(float(error) < limit for error in errors), (name, errors)
 
 
 def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 200) -> list[Launch]:
