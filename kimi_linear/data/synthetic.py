@@ -73,6 +73,11 @@ class Palindrome:
         """2 * length + 1."""
         return 2 * self.length + 1
 
+    @property
+    def scored(self) -> slice:
+        """The columns with targets."""
+        return slice(self.length + 1, 2 * self.length)
+
     def batch(self, generator: torch.Generator, batch_size: int) -> Batch:
         """``batch_size`` fresh sequences on the generator's device."""
         symbols = _randint(self.vocab, (batch_size, self.length), generator)
@@ -113,10 +118,10 @@ class MQAR:
             raise ValueError(f"num_queries: expected at most num_pairs == {self.num_pairs}, got {self.num_queries}")
 
     @staticmethod
-    def for_length(tokens: int, *, vocab: int = 512) -> MQAR:
-        """The largest task of at most ``tokens`` tokens with a query for every pair."""
-        pairs = (tokens - 1) // 3
-        return MQAR(num_pairs=pairs, num_queries=pairs, vocab=max(vocab, 2 * pairs))
+    def for_length(tokens: int, *, vocab: int = 512, queries: int | None = None) -> MQAR:
+        """The largest task of at most ``tokens`` tokens with that many queries; one for every pair where None."""
+        pairs = (tokens - 1) // 3 if queries is None else (tokens - 1 - queries) // 2
+        return MQAR(num_pairs=pairs, num_queries=pairs if queries is None else queries, vocab=max(vocab, 2 * pairs))
 
     @property
     def vocab_size(self) -> int:
@@ -127,6 +132,11 @@ class MQAR:
     def sequence_length(self) -> int:
         """2 * num_pairs + 1 + num_queries."""
         return 2 * self.num_pairs + 1 + self.num_queries
+
+    @property
+    def scored(self) -> slice:
+        """The columns with targets."""
+        return slice(2 * self.num_pairs + 1, None)
 
     def batch(self, generator: torch.Generator, batch_size: int) -> Batch:
         """``batch_size`` fresh sequences on the generator's device."""
@@ -182,6 +192,11 @@ class Stack:
     def sequence_length(self) -> int:
         """3 * operations."""
         return 3 * self.operations
+
+    @property
+    def scored(self) -> slice:
+        """The columns that may have targets."""
+        return slice(1, None, 3)
 
     def batch(self, generator: torch.Generator, batch_size: int) -> Batch:
         """``batch_size`` fresh sequences on the generator's device."""

@@ -16,7 +16,7 @@ AVAILABLE: dict[str, tuple[Impl, ...]] = {
     "chunk_kda_states": ("reference", "torch", "triton"),
     "recurrent_kda": ("reference", "torch", "triton"),
     "kda_decode": ("reference", "torch", "triton"),
-    "chunk_gdn": ("reference", "torch"),
+    "chunk_gdn": ("reference", "torch", "triton"),
     "recurrent_gdn": ("reference", "torch"),
     "chunk_mamba2": ("reference", "torch"),
     "recurrent_mamba2": ("reference", "torch"),

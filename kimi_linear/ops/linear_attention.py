@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kimi_linear.ops.autocast import outside_autocast
+from kimi_linear.ops.chunk_kda_operator import triton_chunk_kda
 from kimi_linear.ops.contract import Impl, KDAOutput
-from kimi_linear.ops.dispatch import OpFacts, choose_impl
+from kimi_linear.ops.dispatch import OpFacts, choose_impl, device_arch
 from kimi_linear.ops.norm import l2_normalize
 from kimi_linear.ops.validation import check_scalar_gate
 
@@ -59,7 +60,13 @@ def chunk_gdn(
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, offset, sign or implementation.
     """
     check_scalar_gate(q, k, v, gate, beta, initial_state, cu_seqlens)
-    if _use_torch("chunk_gdn", q, v, (q, k, v, gate, beta, initial_state), impl):
+    chosen = _choose("chunk_gdn", q, v, (q, k, v, gate, beta, initial_state), impl)
+    if chosen == "triton":
+        # KDA with one decay for all channels of a head is GDN, exactly; its kernels read that decay once per channel.
+        by_channel = gate[..., None].expand(*gate.shape, q.shape[-1])
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        return triton_chunk_kda(q, k, v, by_channel, beta, scale, normalize_qk, initial_state, cu_seqlens)
+    if chosen == "torch":
         from kimi_linear.kernels.torch.scalar_gate import chunk_gdn as run
     else:
         from kimi_linear.reference.gdn import chunk_gdn as run
@@ -81,7 +88,7 @@ def recurrent_gdn(
 ) -> KDAOutput:
     """Gated DeltaNet token by token: what decoding uses. Arguments, result and errors as ``chunk_gdn``."""
     check_scalar_gate(q, k, v, gate, beta, initial_state, cu_seqlens)
-    if _use_torch("recurrent_gdn", q, v, (q, k, v, gate, beta, initial_state), impl):
+    if _choose("recurrent_gdn", q, v, (q, k, v, gate, beta, initial_state), impl) == "torch":
         from kimi_linear.kernels.torch.scalar_gate import recurrent_gdn as run
     else:
         from kimi_linear.reference.gdn import recurrent_gdn as run
@@ -105,7 +112,7 @@ def chunk_mamba2(
     No delta rule: what a key held before is added to, not corrected. Arguments, result and errors as ``chunk_gdn``.
     """
     check_scalar_gate(q, k, v, gate, None, initial_state, cu_seqlens)
-    if _use_torch("chunk_mamba2", q, v, (q, k, v, gate, initial_state), impl):
+    if _choose("chunk_mamba2", q, v, (q, k, v, gate, initial_state), impl) == "torch":
         from kimi_linear.kernels.torch.scalar_gate import chunk_mamba2 as run
     else:
         from kimi_linear.reference.mamba2 import chunk_mamba2 as run
@@ -126,7 +133,7 @@ def recurrent_mamba2(
 ) -> KDAOutput:
     """Decayed linear attention token by token: what decoding uses. Arguments, result and errors as ``chunk_gdn``."""
     check_scalar_gate(q, k, v, gate, None, initial_state, cu_seqlens)
-    if _use_torch("recurrent_mamba2", q, v, (q, k, v, gate, initial_state), impl):
+    if _choose("recurrent_mamba2", q, v, (q, k, v, gate, initial_state), impl) == "torch":
         from kimi_linear.kernels.torch.scalar_gate import recurrent_mamba2 as run
     else:
         from kimi_linear.reference.mamba2 import recurrent_mamba2 as run
@@ -145,15 +152,15 @@ def _call(
         return KDAOutput(*run(q, k, v, *gates, scale, initial_state, cu_seqlens))
 
 
-def _use_torch(op: str, q: Tensor, v: Tensor, tensors: tuple[Tensor | None, ...], impl: Impl) -> bool:
+def _choose(op: str, q: Tensor, v: Tensor, tensors: tuple[Tensor | None, ...], impl: Impl) -> Impl:
     facts = OpFacts(
         op=op,
         device=q.device.type,
-        arch=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
+        arch=device_arch(q.device.index) if q.is_cuda else None,
         dtype=str(q.dtype).removeprefix("torch."),
         tokens=q.shape[1],
         key_dim=q.shape[-1],
         value_dim=v.shape[-1],
         needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
     )
-    return choose_impl(facts, impl).impl == "torch"
+    return choose_impl(facts, impl).impl

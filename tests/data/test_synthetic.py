@@ -98,3 +98,23 @@ def test_bad_arguments():
         Palindrome(length=1)
     with pytest.raises(ValueError, match=r"pop_probability: expected a number in \(0, 1\], got 0"):
         Stack(pop_probability=0)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [Palindrome(length=7, vocab=10), MQAR(num_pairs=6, num_queries=4, vocab=20), Stack(num_stacks=3, operations=30)],
+)
+def test_scored_holds_every_target(task):
+    targets = draw(task).targets
+    columns = (targets != IGNORE).any(0)
+    inside = torch.zeros_like(columns)
+    inside[task.scored] = True
+    assert columns.any()
+    assert not columns[~inside].any()
+    assert task.name == "stack" or columns[inside].all()
+
+
+def test_mqar_for_a_length_takes_a_number_of_queries():
+    assert MQAR.for_length(1024, vocab=2048) == MQAR(num_pairs=341, num_queries=341, vocab=2048)
+    few = MQAR.for_length(1024, vocab=2048, queries=64)
+    assert (few.num_pairs, few.num_queries, few.sequence_length) == (479, 64, 1023)

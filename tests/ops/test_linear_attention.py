@@ -197,3 +197,53 @@ def test_bad_input() -> None:
         recurrent_mamba2(q, k, v, g, initial_state=state.mT)
     with pytest.raises(ValueError, match="impl: recurrent_gdn has no 'triton' implementation yet"):
         recurrent_gdn(q, k, v, g, beta, impl="triton")
+
+
+@pytest.mark.parametrize("tokens", [33, 96])
+def test_states_of_mamba2_are_the_same_walked_and_at_once(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kimi_linear.kernels.torch import scalar_gate
+
+    inputs, state = make("chunk_mamba2", tokens=tokens)
+    found = []
+    for most in (0, 64):
+        monkeypatch.setattr(scalar_gate, "AT_ONCE", most)
+        given = [x.clone().requires_grad_() for x in (*inputs, state)]
+        out = chunk_mamba2(*given[:-1], initial_state=given[-1], impl="torch")
+        weights = torch.linspace(-1, 1, out.output.numel(), dtype=torch.float64).view_as(out.output)
+        found.append([out.output, out.final_state, *torch.autograd.grad((out.output * weights).sum() + out.final_state.square().sum(), given)])  # fmt: skip
+    for walked, at_once in zip(*found, strict=True):
+        assert_close(at_once, walked, "at once")
+
+
+def test_an_empty_sequence_beside_equal_ones_hands_its_state_through() -> None:
+    inputs, _ = make("chunk_mamba2", batch=1, tokens=80)
+    state = torch.randn(3, 4, 6, 8, dtype=torch.float64)
+    packed = chunk_mamba2(*inputs, initial_state=state, cu_seqlens=torch.tensor([0, 40, 40, 80]), impl="torch")
+    assert torch.equal(packed.final_state[1], state[1])
+    for n, (start, stop) in ((0, (0, 40)), (2, (40, 80))):
+        alone = chunk_mamba2(*(x[:, start:stop] for x in inputs), initial_state=state[n : n + 1], impl="torch")
+        assert_close(packed.output[:, start:stop], alone.output, f"output of {n}")
+        assert_close(packed.final_state[n], alone.final_state[0], f"final_state of {n}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 65, 300])
+def test_gdn_through_the_kernels_of_kda_on_a_gpu(tokens: int) -> None:
+    """Output, state and gradients within the rounding of bf16 inputs, against the recurrence in fp64."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    shape = (2, tokens, 2, 64)
+    q, k, v = (torch.randn(shape, generator=draw, device="cuda").bfloat16() for _ in range(3))
+    g = -torch.rand(shape[:3], generator=draw, device="cuda")
+    beta = torch.rand(shape[:3], generator=draw, device="cuda")
+    given = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    wide = [x.detach().double().requires_grad_() for x in given]
+    expected = recurrence(wide[0], l2_normalize(wide[1]), *wide[2:], torch.zeros(2, 2, 64, 64, device="cuda").double())
+    out = chunk_gdn(q, l2_normalize(k), v, g, beta, impl="triton")
+    weights = torch.randn(shape, generator=draw, device="cuda").double()
+    ours = torch.autograd.grad((out.output.double() * weights).sum(), given)
+    exact = torch.autograd.grad((expected[0] * weights).sum(), wide)
+    for name, x, y in zip(
+        ("output", "final_state", "dq", "dk", "dv", "dg", "dbeta"), (*out, *ours), (*expected, *exact), strict=True
+    ):
+        error = (x.double() - y).norm() / y.norm().clamp(min=1e-9)
+        assert error < 1.5e-2, f"{name}: {error:.2e}"

@@ -18,6 +18,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kimi_linear.kernels.torch.layout import ChunkLayout
 
+AT_ONCE = 64
+"""Chunks up to which states without delta rule are one product: beyond, its square grows past the walk's cost."""
+
 CHUNK = 32  # forward and backward on one core at B=16, T=256, H=2, K=V=64: 43 ms, and 59 with chunks of 64
 
 
@@ -70,6 +73,10 @@ def _chunked(
         strength = beta[..., None]
         inverse = _UnitInverse.apply((strength * (k @ k.mT) * decay).tril(-1))
         v, erase = inverse @ (strength * v), inverse @ (strength * since * k)
+    if erase is None and _walks_at_once(layout):
+        states, state = _states_at_once(state, v.mT @ writes, g)
+        output = torch.baddbmm(pairs @ v, reads, states.mT)
+        return layout.join(output, heads).to(out_dtype), layout.unsort(state, heads)
     # split, not slices: the gradient of each slice would be a tensor of the whole size.
     steps = [count * heads for count in layout.active]
     walk = [x.split(steps) for x in (v, writes, since[:, -1:], *([] if erase is None else [erase]))]
@@ -87,6 +94,25 @@ def _chunked(
     return layout.join(output, heads).to(out_dtype), layout.unsort(state, heads)
 
 
+def _walks_at_once(layout: ChunkLayout) -> bool:
+    """Whether few chunks, as many in each sequence, let ``_states_at_once`` replace the walk over them."""
+    return len(layout.active) <= AT_ONCE and layout.active[-1] == len(layout.lengths)
+
+
+def _states_at_once(state: Tensor, added: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The state at each chunk's start, and the last, of what chunks add: no delta rule, so one product over chunks.
+
+    state [R/N, V, K], added [R, V, K], g [R, C] of N chunks in scan order -> [R, V, K], [R/N, V, K].
+    """
+    rows = state.shape[0]
+    parts = torch.cat([state, added]).unflatten(0, (-1, rows)).transpose(0, 1)
+    # The first state does not decay before it is there; each chunk's part decays through the chunks after its own.
+    totals = g.double().sum(-1).unflatten(0, (-1, rows)).T
+    decay = _between(torch.cat([torch.zeros_like(totals[:, :1]), totals], dim=1).cumsum(-1), g.dtype)
+    states = (decay @ parts.flatten(2)).view_as(parts).transpose(0, 1)
+    return states[:-1].flatten(0, 1), states[-1]
+
+
 def _decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """g [R, C] -> D [R, C, C]; the decay from the chunk's start to each token, and from it to the end, [R, C, 1].
 
@@ -94,11 +120,15 @@ def _decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a weak decay between them. They are one number per token, so this costs nothing.
     """
     total = g.double().cumsum(-1)
-    lower = torch.ones(g.shape[1], g.shape[1], dtype=torch.bool, device=g.device).tril()
-    between = (total[:, :, None] - total[:, None, :]).to(g.dtype)
-    decay = between.masked_fill(~lower, -torch.inf).exp()
     since, until = total.to(g.dtype).exp(), (total[:, -1:] - total).to(g.dtype).exp()
-    return decay, since[..., None], until[..., None]
+    return _between(total, g.dtype), since[..., None], until[..., None]
+
+
+def _between(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(total_r - total_i) for i <= r and else 0, [R, C, C] of running log-decays [R, C] fp64."""
+    lower = torch.ones(total.shape[1], total.shape[1], dtype=torch.bool, device=total.device).tril()
+    between = (total[:, :, None] - total[:, None, :]).to(dtype)
+    return between.masked_fill(~lower, -torch.inf).exp()
 
 
 class _UnitInverse(torch.autograd.Function):
