@@ -121,8 +121,9 @@ def split(g, DOT: tl.constexpr):
     """g as two bf16 terms, which keep 16 bits of every log-decay; as it is for fp32 inputs."""
     if DOT == tl.float32:
         return g, g
-    high = g.to(tl.bfloat16)
-    return high, (g - high.to(tl.float32)).to(tl.bfloat16)
+    else:  # said, because without it the types of both returns must agree
+        high = g.to(tl.bfloat16)
+        return high, (g - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -130,7 +131,8 @@ def stretch_sum(selection, high, low, DOT: tl.constexpr):
     """``selection @ g`` for a matrix of ``stretches`` (or its transpose) and a ``split`` g."""
     if DOT == tl.float32:
         return tl.dot(selection.to(tl.float32), high, input_precision="ieee")
-    return tl.dot(selection, low, tl.dot(selection, high))
+    else:
+        return tl.dot(selection, low, tl.dot(selection, high))
 
 
 @triton.jit
