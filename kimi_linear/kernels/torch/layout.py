@@ -60,8 +60,8 @@ class ChunkLayout:
 
     @property
     def is_grid(self) -> bool:
-        """Every sequence a whole batch row of whole chunks: chunks are a view, not a gather."""
-        return self.tokens % self.chunk == 0 and self.lengths == (self.tokens,) * self.batch and self.tokens > 0
+        """Every sequence a whole batch row: chunks are a view, of padded rows where T is not a multiple of C."""
+        return self.lengths == (self.tokens,) * self.batch and self.tokens > 0
 
     @cached_property
     def places(self) -> Tensor:
@@ -78,6 +78,9 @@ class ChunkLayout:
     def split(self, x: Tensor) -> Tensor:
         """[B, T, H, ...] -> [rows * H, C, ...], zeros in the padding. Differentiable."""
         if self.is_grid:
+            missing = -self.tokens % self.chunk
+            if missing:
+                x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
             grid = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, *range(4, x.ndim + 1))
             return grid.reshape(-1, self.chunk, *x.shape[3:])
         flat = torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
@@ -88,7 +91,7 @@ class ChunkLayout:
         chunks = chunks.unflatten(0, (-1, heads))
         if self.is_grid:
             grid = chunks.unflatten(0, (-1, self.batch)).permute(1, 0, 3, 2, *range(4, chunks.ndim + 1))
-            return grid.reshape(self.batch, self.tokens, heads, *chunks.shape[3:])
+            return grid.reshape(self.batch, -1, heads, *chunks.shape[3:])[:, : self.tokens]
         tokens = chunks.transpose(1, 2).flatten(0, 1)
         back = torch.empty(self.batch * self.tokens + 1, dtype=torch.long, device=self.device)
         back[self.places] = torch.arange(len(tokens), device=self.device)
