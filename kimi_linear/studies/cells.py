@@ -31,14 +31,14 @@ def read_cell(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     return cell
 
 
-def write_cell(path: Path, settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def write_cell(path: Path, settings: Mapping[str, Any], values: Mapping[str, Any], *, indent: int | None = 1) -> None:
     """Write a finished cell."""
-    write_json(path, {"settings": dict(settings), **values})
+    write_json(path, {"settings": dict(settings), **values}, indent=indent)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
+def write_json(path: Path, values: Any, *, indent: int | None = 1) -> None:
+    """Write JSON so that the file is there whole or not at all; on one line where ``indent`` is None."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")
     os.replace(unfinished, path)

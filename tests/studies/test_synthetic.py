@@ -1,0 +1,130 @@
+"""The study of synthetic tasks: lanes train the same alone, together, interrupted and captured; cells are chosen and kept rightly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kimi_linear.evals import TaskAccuracy
+from kimi_linear.studies import synthetic
+from kimi_linear.studies.synthetic import Cell, SyntheticConfig
+from kimi_linear.studies.synthetic_training import Lane, Point, load_lane, run_lanes, save_lane
+
+SMALL = SyntheticConfig(
+    tasks="mqar", mixers="kda,mamba2", lengths="16,32", curve_length=32, lrs="1e-2,1e-3", seeds=2, steps=12, point_every=4,
+    batch_size=4, width=16, heads=1, head_dim=16, feed_forward=16, mqar_symbols=32, symbols=8, stacks=2, warmup=2,
+    device="cpu",
+)  # fmt: skip
+CELL = Cell(task="mqar", length=32, mixer="kda", lr=1e-2, seed=0)
+CPU = torch.device("cpu")
+
+
+def train(lanes: list[Lane]) -> list[list[Point]]:
+    while run_lanes(lanes):
+        for lane in lanes:
+            lane.poll()
+    for lane in lanes:
+        lane.poll(wait=True)
+    return [lane.curve.points for lane in lanes]
+
+
+def lane(cell: Cell = CELL, device: torch.device = CPU, saved=None, stream=None, **changes) -> Lane:
+    config = replace(synthetic.lane_of(SMALL, cell, device.type), **changes)
+    return Lane(config, device, saved, stream=stream)
+
+
+def test_lanes_do_not_touch_each_other() -> None:
+    others = [CELL, replace(CELL, mixer="gdn"), replace(CELL, task="stack", seed=1)]
+    together = train([lane(cell) for cell in others])
+    alone = [train([lane(cell)])[0] for cell in others]
+    assert together == alone
+    assert [p.step for p in together[0]] == [4, 8, 12]
+    assert together[0] != together[1]
+
+
+@pytest.mark.parametrize("steps", [3, 10, 12])
+def test_a_lane_continues_from_its_checkpoint_bit_for_bit(steps: int, tmp_path) -> None:
+    whole = train([lane()])[0]
+    first = lane()
+    for _ in range(steps):
+        first._one_step()
+    first.poll(wait=True)
+    save_lane(first, {"a": 1}, tmp_path / "lane.pt")
+    saved = load_lane(tmp_path / "lane.pt", {"a": 1})
+    again = lane(saved=saved)
+    assert again.step == steps
+    assert train([again])[0] == whole
+    with pytest.raises(ValueError, match=r"expected the settings of now, got others for a"):
+        load_lane(tmp_path / "lane.pt", {"a": 2})
+
+
+def test_sequences_depend_on_task_and_seed_only() -> None:
+    kda, other_lr, other_mixer, other_seed = (
+        lane(cell) for cell in (CELL, replace(CELL, lr=1e-3), replace(CELL, mixer="gdn"), replace(CELL, seed=1))
+    )
+    for one in (kda, other_lr, other_mixer, other_seed):
+        one._draw(3)
+    assert torch.equal(kda._tokens, other_lr._tokens)
+    assert torch.equal(kda._tokens, other_mixer._tokens)
+    assert not torch.equal(kda._tokens, other_seed._tokens)
+    before = kda._tokens.clone()
+    kda._draw(4)
+    assert not torch.equal(kda._tokens, before)
+
+
+def test_the_curve_measures_what_an_evaluation_measures() -> None:
+    """At a learning rate of nearly nothing the model stays as it is, so its curve is an estimate of its accuracy."""
+    trained = lane(lr=2e-2, steps=60, point_every=20, batch_size=32)
+    points = train([trained])[0]
+    assert points[-1].loss < points[0].loss
+    frozen = lane(lr=1e-12, steps=20, point_every=20, batch_size=64, weight_decay=0.0)
+    with torch.no_grad():
+        for mine, theirs in zip(frozen.model.parameters(), trained.model.parameters(), strict=True):
+            mine.copy_(theirs)
+    (point,) = train([frozen])[0]
+    result = TaskAccuracy(task=frozen.config.task, samples=1280)(frozen.model).metrics
+    assert point.token_accuracy == pytest.approx(result["token_accuracy"], abs=0.02)
+    assert point.sequence_accuracy == pytest.approx(result["sequence_accuracy"], abs=0.02)
+
+
+def test_a_training_ends_when_it_has_sat_at_its_aim() -> None:
+    config = synthetic.lane_of(SMALL, CELL, "cpu")
+    curve = lane().curve
+    for step, share in ((4, 1.0), (8, 0.9), (12, 1.0)):
+        assert curve.ended(replace(config, steps=99, patience=2)) is None
+        curve.points.append(Point(step=step, loss=1.0, token_accuracy=1.0, sequence_accuracy=share))
+    assert curve.ended(replace(config, steps=99, patience=2)) is None
+    assert curve.ended(config) == "steps"
+    curve.points.append(Point(step=16, loss=1.0, token_accuracy=1.0, sequence_accuracy=0.9996))
+    assert curve.ended(replace(config, steps=99, patience=2)) == "solved"
+    curve.points.append(Point(step=20, loss=float("nan"), token_accuracy=1.0, sequence_accuracy=1.0))
+    assert curve.ended(replace(config, steps=99, patience=2)) == "diverged"
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("task", synthetic.TASKS)
+def test_a_captured_step_trains_like_an_eager_one(task: str) -> None:
+    """Points of a curve, captured, eager, and captured beside others: within what the order of atomic sums may change."""
+    device = torch.device("cuda")
+    config = replace(SMALL, head_dim=64, width=64, device="cuda")
+    cells = [replace(CELL, task=task, length=200, mixer=mixer) for mixer in ("kda", "gdn", "mamba2", "mla")]
+    lanes = [synthetic.lane_of(config, cell, "cuda") for cell in cells]
+    lanes = [replace(one, steps=30, point_every=10, batch_size=8) for one in lanes]
+    eager = [train([Lane(one, device)])[0] for one in lanes]
+    captured = train([Lane(one, device, stream=torch.cuda.Stream(device)) for one in lanes])
+    for cell, mine, theirs in zip(cells, captured, eager, strict=True):
+        assert [p.step for p in mine] == [10, 20, 30]
+        for p, q in zip(mine, theirs, strict=True):
+            assert p.loss == pytest.approx(q.loss, rel=2e-2), cell.mixer
+    # Interrupted within a pool and within a point, it goes on as it would have.
+    first = Lane(lanes[0], device, stream=torch.cuda.Stream(device))
+    with torch.cuda.stream(first.stream):
+        for _ in range(15):
+            first._one_step()
+    first.poll(wait=True)
+    again = Lane(lanes[0], device, first.state(), stream=torch.cuda.Stream(device))
+    for p, q in zip(train([again])[0], captured[0], strict=True):
+        assert p.loss == pytest.approx(q.loss, rel=2e-2)
