@@ -192,9 +192,9 @@ def _spared(config: SyntheticConfig, cell: Cell, results: Results) -> bool:
     return any(other in results and results[other]["ended"] == "solved" for other in sweep)
 
 
-def _sweep_of(config: SyntheticConfig, task: str, length: int, mixer: Mixer) -> list[Cell]:
+def _sweep_of(config: SyntheticConfig, task: str, length: int, mixer: str) -> list[Cell]:
     lrs = [float(lr) for lr in _words(config.lrs)]
-    return [Cell(task=task, length=length, mixer=mixer, lr=lr, seed=0) for lr in lrs]
+    return [Cell(task=task, length=length, mixer=mixer, lr=lr, seed=0) for lr in lrs]  # type: ignore[arg-type]  # checked
 
 
 def _rank(config: SyntheticConfig, cell: Cell) -> tuple[Any, ...]:
@@ -315,6 +315,11 @@ class _Board:
         budget = self.config.seconds_budget
         return budget is not None and self.seconds >= budget
 
+    def steps(self) -> int:
+        """Steps done; those that a finished or spared cell did not need count as done."""
+        spared = sum(c not in self.results and _spared(self.config, c, self.results) for c in sweep_cells(self.config))
+        return (len(self.results) + spared) * self.config.steps + sum(lane.step for lane in self.lanes.values())
+
     def waiting(self) -> list[Cell]:
         return [cell for cell in pending(self.config, self.results) if cell not in self.lanes]
 
@@ -386,7 +391,7 @@ def run(config: SyntheticConfig, folder: Path) -> Iterator[Progress]:
     """Train the cells that are not finished, many at once."""
     board = _Board(config, folder)
     total = _count(config) * config.steps
-    yield Progress(step=_steps_done(config, board.results), total=total, text=estimate(config, board.results))
+    yield Progress(step=board.steps(), total=total, text=estimate(config, board.results))
     try:
         while not board.over():
             board.fill()
@@ -394,12 +399,11 @@ def run(config: SyntheticConfig, folder: Path) -> Iterator[Progress]:
                 break
             for _, text in board.go_on():
                 left, rate = len(board.waiting()), board.trained / max(1e-9, board.seconds)
-                done = _steps_done(config, board.results) + sum(lane.step for lane in board.lanes.values())
                 note = f"{text} · {rate:,.0f} steps/s · {len(board.lanes)} at once, {left} to begin"
-                yield Progress(step=min(done, total), total=total, text=note)
+                yield Progress(step=board.steps(), total=total, text=note)
     finally:
         board.leave()
-    yield Progress(step=_steps_done(config, board.results), total=total, text=estimate(config, board.results))
+    yield Progress(step=board.steps(), total=total, text=estimate(config, board.results))
 
 
 def estimate(config: SyntheticConfig, results: Results) -> str:
@@ -419,11 +423,6 @@ def _count(config: SyntheticConfig) -> int:
     swept = sweep_cells(config)
     curves = {(c.task, c.mixer) for c in swept if c.length == config.curve_length and c.mixer != "mla"}
     return len(swept) + (config.seeds - 1) * len(curves)
-
-
-def _steps_done(config: SyntheticConfig, results: Results) -> int:
-    spared = sum(c not in results and _spared(config, c, results) for c in sweep_cells(config))
-    return (len(results) + spared) * config.steps
 
 
 def device_of(config: SyntheticConfig) -> torch.device:

@@ -143,8 +143,8 @@ class Lane:
         self._optimizer = _adamw(self.model, config, self._lr)
         self.stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._ahead: deque[torch.cuda.Event] = deque()
-        self._measured: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._ahead: deque[Any] = deque()  # events of CUDA
+        self._measured: deque[tuple[int, Tensor, Any]] = deque()  # with an event, or None on a CPU
         if self.stream is not None:
             self._capture(self.stream)
         if saved is not None:
@@ -324,17 +324,12 @@ def _adamw(model: KimiLinear, config: LaneConfig, lr: Tensor) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=lr, betas=rules.betas, fused=True, capturable=on_gpu)
 
 
-@torch.no_grad()
 def _make_state(optimizer: torch.optim.AdamW) -> None:
-    """AdamW's state before the first step, which it makes only in it: zero gradients move nothing but its counters."""
+    """AdamW's state before its first step, in which it would make it."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            like = {"memory_format": torch.preserve_format}
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p, **like),
-                "exp_avg_sq": torch.zeros_like(p, **like),
-            }
+            means = {name: torch.zeros_like(p.data) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **means}
 
 
 @torch.no_grad()
