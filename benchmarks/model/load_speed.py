@@ -4,14 +4,15 @@
 
 Makes a random checkpoint in the release layout: several shards, every expert on its own. Then, in turns, each in a fresh
 process and with the files dropped from the page cache (fsync, then POSIX_FADV_DONTNEED; the kernel's count of bytes
-fetched from storage, /proc/self/io, shows that it worked): reads the files and throws the bytes away, with one reader and
-with as many as loading uses; loads the model; loads it through safetensors' memory map. The disk's speed is the faster of
-the two plain reads. Linux only.
+fetched from storage, /proc/self/io, shows that it worked): reads the files and throws the bytes away, through the page cache
+and past it (O_DIRECT), with one reader and with as many as loading uses; loads the model; loads it through safetensors'
+memory map. The disk's speed is the fastest of the four plain reads. Linux only.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
@@ -35,12 +36,15 @@ from kimi_linear.folder import load, save
 from kimi_linear.model import KimiLinear
 from kimi_linear.model.checkpoint import release_tensors
 from kimi_linear.model.parameters import allocate, init_weights
-from kimi_linear.model.streaming import PIECE_BYTES, READERS
+from kimi_linear.model.streaming import BLOCK_BYTES, WORKERS
 
 GB, GIB = 10**9, 1 << 30
 ROOT = Path(__file__).parents[2]
-Task = Literal["read once", "read in parallel", "load", "load warm", "memory map"]
-TASKS: tuple[Task, ...] = ("read once", "read in parallel", "load", "load warm", "memory map")
+Task = Literal[
+    "read once", "read in parallel", "read direct once", "read direct", "load", "load warm", "memory map"
+]  # fmt: skip
+TASKS: tuple[Task, ...] = get_args(Task)
+READS: tuple[Task, ...] = ("read once", "read in parallel", "read direct once", "read direct")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,22 +104,25 @@ def drop_cache(paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def read_files(paths: list[Path], readers: int) -> None:
-    """Read every byte into buffers that are used again and again."""
-    buffers = [bytearray(PIECE_BYTES) for _ in range(readers)]
+def read_files(paths: list[Path], readers: int, flags: int = 0) -> None:
+    """Read every byte into buffers that are used again and again; the files stay open meanwhile."""
+    buffers = [mmap.mmap(-1, BLOCK_BYTES) for _ in range(readers)]  # begin with a page, as O_DIRECT asks
+    opened = {path: os.open(path, os.O_RDONLY | flags) for path in paths}
 
     def read(path: Path, start: int) -> None:
         buffer = buffers.pop()
-        descriptor = os.open(path, os.O_RDONLY)
-        got = os.preadv(descriptor, [buffer], start)
-        os.close(descriptor)
-        if got != min(PIECE_BYTES, path.stat().st_size - start):
+        got = os.preadv(opened[path], [buffer], start)
+        if got != min(BLOCK_BYTES, path.stat().st_size - start):
             raise RuntimeError(f"{path}: a read of {got} bytes at {start} came back short")
         buffers.append(buffer)
 
-    pieces = [(path, start) for path in paths for start in range(0, path.stat().st_size, PIECE_BYTES)]
-    with ThreadPoolExecutor(readers) as pool:
-        list(pool.map(read, *zip(*pieces, strict=True)))
+    blocks = [(path, start) for path in paths for start in range(0, path.stat().st_size, BLOCK_BYTES)]
+    try:
+        with ThreadPoolExecutor(readers) as pool:
+            list(pool.map(read, *zip(*blocks, strict=True)))
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
 
 
 def memory_map(folder: Path) -> KimiLinear:
@@ -149,11 +156,15 @@ def fetched() -> int:
 def measure(task: Task, folder: Path, device: str) -> dict[str, Any]:
     """Do one task once, in this process, and say what it took."""
     paths = shards(folder)
-    if task != "load warm":
+    if task == "load warm":
+        read_files(paths, 1)  # into the page cache, where loading past it leaves nothing
+    else:
         drop_cache(paths)
     calls: dict[Task, Callable[[], Any]] = {
         "read once": lambda: read_files(paths, 1),
-        "read in parallel": lambda: read_files(paths, READERS),
+        "read in parallel": lambda: read_files(paths, WORKERS),
+        "read direct once": lambda: read_files(paths, 1, os.O_DIRECT),
+        "read direct": lambda: read_files(paths, WORKERS, os.O_DIRECT),
         "load": lambda: load(folder, device=device)[0],
         "load warm": lambda: load(folder, device=device)[0],
         "memory map": lambda: memory_map(folder),
@@ -210,10 +221,12 @@ def report(runs: dict[Task, list[dict[str, Any]]], paths: list[Path], args: Args
     """The page: medians of each task, against the disk and against the allowed memory."""
     size, largest = sum(p.stat().st_size for p in paths), max(p.stat().st_size for p in paths)
     speed = {task: size / median(run["seconds"] for run in found) / GB for task, found in runs.items()}
-    disk = max(speed["read once"], speed["read in parallel"])
+    disk = max(speed[task] for task in READS)
     names: dict[Task, str] = {
         "read once": "plain read, 1 reader",
-        "read in parallel": f"plain read, {READERS} readers",
+        "read in parallel": f"plain read, {WORKERS} readers",
+        "read direct once": "plain read past the page cache, 1 reader",
+        "read direct": f"plain read past the page cache, {WORKERS} readers",
         "load": "kimi_linear.load",
         "load warm": "kimi_linear.load, files in the page cache",
         "memory map": "safetensors' load_file, copied into the model",
@@ -240,9 +253,9 @@ def report(runs: dict[Task, list[dict[str, Any]]], paths: list[Path], args: Args
         title=f"Loading a checkpoint of {size / GB:.2f} GB to {args.device}",
         about=(
             f"{len(paths)} shards, {config.num_layers} layers with {config.moe.num_experts if config.moe else 0} experts each, bf16, release layout. "
-            f"Medians of {len(runs['load'])} rounds in turns, each task in a fresh process; before all but the warm one the files were dropped from the page cache, "
+            f"Medians of {len(runs['load'])} rounds in turns, each task in a fresh process; before all but the warm one the files were dropped from the page cache, before that one read into it, "
             "and the column 'from storage' is the least that the kernel says it fetched (what lies in a cache below the kernel, it cannot "
-            f"tell). Percentages are of the faster plain read, {disk:.2f} GB/s. Peak host memory is VmHWM of the whole process, "
+            f"tell). Percentages are of the fastest plain read, {disk:.2f} GB/s. Peak host memory is VmHWM of the whole process, "
             f"torch's own {min(run['before'] for run in runs['load']) / GIB:.2f} GiB included; loading took {peak / GIB:.2f} GiB, and "
             f"{limit} = {allowed / GIB:.2f} GiB {'allows it' if peak <= allowed else 'DOES NOT ALLOW IT'}. "
             "Each seventh loaded tensor was compared with safetensors' own reader. "

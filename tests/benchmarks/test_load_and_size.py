@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.model import large_checkpoint, load_speed
 from kimi_linear.config import ModelConfig
 from kimi_linear.engine.footprint import Footprint, footprint
-from kimi_linear.model.streaming import READERS
+from kimi_linear.model.streaming import WORKERS
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.unpoisoned  # speeds are of memory as it comes
@@ -42,13 +42,15 @@ def test_load_speed_measures_each_task_and_cleans_up(tmp_path: Path) -> None:
     assert list((tmp_path / "disk").iterdir()) == []
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     table = {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[1:]}
-    assert set(table) == {"plain read, 1 reader", f"plain read, {READERS} readers", "kimi_linear.load", "kimi_linear.load, files in the page cache", "safetensors' load_file, copied into the model"}  # fmt: skip
+    assert set(table) == {"plain read, 1 reader", f"plain read, {WORKERS} readers", "plain read past the page cache, 1 reader", f"plain read past the page cache, {WORKERS} readers", "kimi_linear.load", "kimi_linear.load, files in the page cache", "safetensors' load_file, copied into the model"}  # fmt: skip
     fetched = {name: int(row["from storage"].rstrip("%")) for name, row in table.items()}
     assert fetched.pop("kimi_linear.load, files in the page cache") < 20
     assert min(fetched.values()) >= 90
     peaks = [float(row["peak host memory, GiB"]) for row in table.values()]
     assert all(0.1 < peak < 2 for peak in peaks)
     assert "allows it" in text
+    speeds = {name: float(row["of the disk"].rstrip("%")) for name, row in table.items()}
+    assert max(speed for name, speed in speeds.items() if name.startswith("plain read")) == 100
 
 
 def test_wrong_numbers_get_no_speed(tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtyp
 
 def test_tensors_longer_than_a_piece_arrive_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 24 bytes, into the same dtype and through the buffer into another; the last piece is a short one."""
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 24)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 24)
     tensors = load_file(folder / "model.safetensors")
     for dtype in (torch.float32, torch.float64):
         model = empty()

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]
 def test_every_bit_arrives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, stored: str, dtype: str
 ) -> None:
-    monkeypatch.setattr(streaming, "PIECE_BYTES", piece)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", piece)
     model = kl.KimiLinear(kl.ModelConfig.preset("tiny-moe"), seed=0).to(getattr(torch, stored))
     kl.save(model, tmp_path / "m", max_shard_bytes=1 << 20)
     loaded, _ = kl.load(tmp_path / "m", device="cuda", dtype=dtype and getattr(torch, dtype))
