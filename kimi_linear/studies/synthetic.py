@@ -85,12 +85,13 @@ class SyntheticConfig:
     """Queries of the recall task; one for every pair where None."""
     stacks: int = 64
     """Independent stacks."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast to bf16, or not; "auto" is bf16 on a GPU. Weights and optimizer are fp32."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the forward and backward pass; weights and optimizer are fp32 either way."""
     lanes: int = 10
     """Cells that share a GPU; on a CPU there is one at a time."""
     seconds_budget: float | None = None
-    """Stop after so many seconds, with a checkpoint of every unfinished cell; the same command goes on from there."""
+    """Stop after so many seconds, with a checkpoint of every unfinished cell; the same command goes on from there. 0
+    trains nothing and draws what is finished."""
     admit_seconds: float | None = None
     """Begin no cell after so many seconds, so that those begun may end within the budget."""
     checkpoints: Path | None = None
@@ -244,11 +245,10 @@ def model_of(config: SyntheticConfig, cell: Cell) -> ModelConfig:
     )
 
 
-def lane_of(config: SyntheticConfig, cell: Cell, device: str) -> LaneConfig:
-    """How a cell is trained on a kind of device, "cpu" or "cuda"."""
+def lane_of(config: SyntheticConfig, cell: Cell) -> LaneConfig:
+    """How a cell is trained."""
     from kimi_linear.studies.synthetic_training import LaneConfig
 
-    bf16 = device == "cuda" if config.precision == "auto" else config.precision == "bf16"
     same = ("steps", "batch_size", "warmup", "schedule", "weight_decay", "grad_clip", "dt_shift", "point_every")
     return LaneConfig(
         task=task_of(config, cell),
@@ -257,7 +257,7 @@ def lane_of(config: SyntheticConfig, cell: Cell, device: str) -> LaneConfig:
         seed=cell.seed,
         until=config.until,
         patience=config.patience,
-        bf16=bf16,
+        bf16=config.precision == "bf16",
         **{name: getattr(config, name) for name in same},
     )
 
@@ -268,7 +268,7 @@ def settings_of(lane: LaneConfig) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def read_results(config: SyntheticConfig, folder: Path, device: str) -> dict[Cell, dict[str, Any]]:
+def read_results(config: SyntheticConfig, folder: Path) -> dict[Cell, dict[str, Any]]:
     """The finished cells in a folder.
 
     Raises:
@@ -280,7 +280,7 @@ def read_results(config: SyntheticConfig, folder: Path, device: str) -> dict[Cel
         for cell in cells:
             path = folder / f"{cell.name}.json"
             if path.exists():
-                found = read_cell(path, settings_of(lane_of(config, cell, device)))
+                found = read_cell(path, settings_of(lane_of(config, cell)))
                 assert found is not None
                 results[cell] = found
 
@@ -295,7 +295,7 @@ class _Board:
     def __init__(self, config: SyntheticConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.device = device_of(config)
-        self.results = read_results(config, folder, self.device.type)
+        self.results = read_results(config, folder)
         self.checkpoints = config.checkpoints or folder / "training"
         self.lanes: dict[Cell, Lane] = {}
         self.most, self.streams = 1, []
@@ -331,7 +331,7 @@ class _Board:
         for cell in [] if late else self.waiting()[: self.most - len(self.lanes)]:
             if self.over():
                 break
-            lane = lane_of(self.config, cell, self.device.type)
+            lane = lane_of(self.config, cell)
             saved = load_lane(self._checkpoint(cell), settings_of(lane))
             stream = self.streams.pop() if self.streams else None
             self.lanes[cell] = Lane(lane, self.device, saved, stream=stream)
@@ -444,7 +444,7 @@ def hardware_of(device: torch.device) -> str:
 
 
 def report(config: SyntheticConfig, folder: Path) -> Report:
-    """The finished cells as a table, ``results.json``, ``figure4.png`` and ``figure4.md``."""
+    """The finished cells as a table, ``figure4.json``, ``figure4.md`` and ``figure4.png``."""
     from kimi_linear.studies.synthetic_figure import write_report
 
     return write_report(config, folder)

@@ -18,7 +18,6 @@ from kimi_linear.studies.synthetic import (
     Results,
     SyntheticConfig,
     best_of,
-    device_of,
     read_results,
     seed_cells,
     sweep_cells,
@@ -58,9 +57,9 @@ NEARLY = 0.99
 
 
 def write_report(config: SyntheticConfig, folder: Path) -> Report:
-    """The finished cells of a folder as a table, ``results.json``, ``figure4.md`` and ``figure4.png``."""
-    results = read_results(config, folder, device_of(config).type)
-    rows = tuple(row for row in table_rows(config, results))
+    """The finished cells of a folder as a table, ``figure4.json``, ``figure4.md`` and ``figure4.png``."""
+    results = read_results(config, folder)
+    rows = tuple(table_rows(config, results))
     title = f"Best accuracy by sequence over learning rates, at most {config.steps:,} steps of {config.batch_size} sequences"
     if not rows:
         return Report(title=title, rows=(), files=())
@@ -154,6 +153,7 @@ def draw(config: SyntheticConfig, results: Results, path: Path) -> None:
         above.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         above.minorticks_off()
         below.set(xlabel=f"steps, at {config.curve_length:,} tokens", xlim=(0, config.steps * 1.02), ylim=(-4, 104))
+        below.xaxis.set_major_formatter("{x:,.0f}")
         for axis in (above, below):
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ from kimi_linear.studies.synthetic_training import Lane, Point, load_lane, run_l
 SMALL = SyntheticConfig(
     tasks="mqar", mixers="kda,mamba2", lengths="16,32", curve_length=32, lrs="1e-2,1e-3", seeds=2, steps=12, point_every=4,
     batch_size=4, width=16, heads=1, head_dim=16, feed_forward=16, mqar_symbols=32, symbols=8, stacks=2, warmup=2,
-    device="cpu",
+    precision="fp32", device="cpu",
 )  # fmt: skip
 CELL = Cell(task="mqar", length=32, mixer="kda", lr=1e-2, seed=0)
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def train(lanes: list[Lane]) -> list[list[Point]]:
 
 
 def lane(cell: Cell = CELL, device: torch.device = CPU, saved=None, stream=None, **changes) -> Lane:
-    config = replace(synthetic.lane_of(SMALL, cell, device.type), **changes)
+    config = replace(synthetic.lane_of(SMALL, cell), **changes)
     return Lane(config, device, saved, stream=stream)
 
 
@@ -90,7 +90,7 @@ def test_the_curve_measures_what_an_evaluation_measures() -> None:
 
 
 def test_a_training_ends_when_it_has_sat_at_its_aim() -> None:
-    config = synthetic.lane_of(SMALL, CELL, "cpu")
+    config = synthetic.lane_of(SMALL, CELL)
     curve = lane().curve
     for step, share in ((4, 1.0), (8, 0.9), (12, 1.0)):
         assert curve.ended(replace(config, steps=99, patience=2)) is None
@@ -109,9 +109,9 @@ def test_a_training_ends_when_it_has_sat_at_its_aim() -> None:
 def test_a_captured_step_trains_like_an_eager_one(task: str) -> None:
     """Points of a curve, captured, eager, and captured beside others: within what the order of atomic sums may change."""
     device = torch.device("cuda")
-    config = replace(SMALL, head_dim=64, width=64, device="cuda")
+    config = replace(SMALL, head_dim=64, width=64, precision="bf16", device="cuda")
     cells = [replace(CELL, task=task, length=200, mixer=mixer) for mixer in ("kda", "gdn", "mamba2", "mla")]
-    lanes = [synthetic.lane_of(config, cell, "cuda") for cell in cells]
+    lanes = [synthetic.lane_of(config, cell) for cell in cells]
     lanes = [replace(one, steps=30, point_every=10, batch_size=8) for one in lanes]
     eager = [train([Lane(one, device)])[0] for one in lanes]
     captured = train([Lane(one, device, stream=torch.cuda.Stream(device)) for one in lanes])
