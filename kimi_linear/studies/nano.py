@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Generator, Iterator
@@ -265,14 +266,14 @@ def matmul_ceiling(device: Any, size: int = 8192) -> float:
     gpu = device.type == "cuda"
     size, dtype, times = (size, torch.bfloat16, 30) if gpu else (1024, torch.float32, 3)
     a = torch.randn(size, size, device=device).to(dtype)
-    for repeat in range(2):  # the first round warms up
+    seconds = math.inf
+    for _ in range(2):  # the first round warms up
         began = time.perf_counter()
         for _ in range(times):
-            a @ a
+            torch.mm(a, a)
         if gpu:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-        del repeat
     return 2.0 * size**3 * times / seconds
 
 
@@ -328,19 +329,25 @@ class Record:
 
 def _finish(config: NanoConfig, which: Which, rate: float, folder: Path, trainer: Trainer, record: Record) -> None:
     """Write the model as it was trained, fp32, and last the cell."""
-    from kimi_linear.folder import save
+    import torch
 
-    last = measure(config, trainer.model, rows=None)
-    record.points.append({"step": trainer.step, "tokens": trainer.tokens, **last})
+    from kimi_linear.folder import load, save
+
+    on_the_way = measure(config, trainer.model, rows=config.held_out_rows)
+    record.points.append({"step": trainer.step, "tokens": trainer.tokens, **on_the_way})
     name = config.cell_name(which, rate)
     shutil.rmtree(folder / name, ignore_errors=True)
     save(trainer.model, folder / name)
+    # What ships are bf16 weights, so their numbers are the ones that count.
+    released, _ = load(folder / name, device=trainer.device, dtype=torch.bfloat16)
+    exact, last = (measure(config, model, rows=None) for model in (trainer.model, released))
     values = {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "held_out": last,
+        "held_out_fp32": exact,
         "points": record.points,
         "pieces": record.pieces,
-        "data": {key: value for key, value in read_about(config.data)["splits"].items()},
+        "data": read_about(config.data)["splits"],
     }
     write_cell(folder / f"{name}.json", config.settings(which, rate), values)
     shutil.rmtree(folder / "training" / name)

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import IO, Literal, TypeAlias
 
 Kind: TypeAlias = Literal["prose", "code"]
 Named: TypeAlias = tuple[str, str]
@@ -80,7 +80,7 @@ def deb_files(path: Path) -> Iterator[tuple[str, bytes]]:
     while at + 60 <= len(blob):
         name, size = blob[at : at + 16].decode().strip(), int(blob[at + 48 : at + 58])
         if name.startswith("data.tar"):
-            yield from _tar_files(tarfile.open(fileobj=io.BytesIO(blob[at + 60 : at + 60 + size])))
+            yield from _tar_files(io.BytesIO(blob[at + 60 : at + 60 + size]))
             return
         at += 60 + size + size % 2
     raise ValueError(f"{path}: expected a data.tar in the package, found none; fetch it again")
@@ -88,11 +88,12 @@ def deb_files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of every file of a tar archive."""
-    return _tar_files(tarfile.open(path))
+    with path.open("rb") as file:
+        yield from _tar_files(file)
 
 
-def _tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
-    with archive:
+def _tar_files(blob: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=blob) as archive:
         for member in archive:
             file = archive.extractfile(member) if member.isfile() else None
             if file is not None:
@@ -326,13 +327,12 @@ def _distribution(name: str) -> Source:
 def licence_of(distribution: importlib.metadata.Distribution) -> str:
     """The licence as the metadata states it: an expression, else the classifier, else the first line of the field."""
     metadata = distribution.metadata
-    expression = metadata.get("License-Expression")
-    if expression:
-        return expression
+    if "License-Expression" in metadata:
+        return metadata["License-Expression"]
     classifiers = [c for c in metadata.get_all("Classifier") or [] if c.startswith("License ::")]
     if classifiers:
         return classifiers[0].rpartition("::")[2].strip()
-    return (metadata.get("License") or "none stated").strip().splitlines()[0]
+    return metadata["License"].strip().splitlines()[0] if "License" in metadata else "none stated"
 
 
 def _installed(name: str, distribution: importlib.metadata.Distribution) -> Iterator[Named]:
