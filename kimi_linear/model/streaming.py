@@ -1,7 +1,7 @@
 """Tensors from files straight into their places: read in blocks, several at once, past the page cache.
 
 Every block of a file goes through a buffer that is used again and again, by reads that bypass the page cache (O_DIRECT).
-A plain read would first fill the cache, which is fresh memory as the model's is, and costs more than the disk; a memory
+A plain read would first fill the cache, which is fresh memory as the model's is, and can cost more than the disk; a memory
 map would do so a page at a time, and its pages count as memory of the process. The cache is used for blocks that lie in it,
 and where the system or the file system knows no other way: other systems than Linux, and file systems that refuse.
 """
@@ -109,13 +109,14 @@ class _File:
     def __enter__(self) -> _File:
         with self._lock:
             if self._opened is None:
-                self._opened = ExitStack()
-                # Open to the end: the kernel reads ahead by what it has seen of a descriptor.
-                self._plain = self._opened.enter_context(self.path.open("rb", buffering=0))
-                self._cached = self._opened.enter_context(closing(CachedPages(self._plain)))
-                self._direct = _open_direct(self.path)
-                if self._direct is not None:
-                    self._opened.enter_context(self._direct)
+                with ExitStack() as stack:
+                    # Open to the end: the kernel reads ahead by what it has seen of a descriptor.
+                    self._plain = stack.enter_context(self.path.open("rb", buffering=0))
+                    self._cached = stack.enter_context(closing(CachedPages(self._plain)))
+                    self._direct = _open_direct(self.path)
+                    if self._direct is not None:
+                        stack.enter_context(self._direct)
+                    self._opened = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -132,10 +132,11 @@ def pages(tmp_path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def test_what_no_cache_holds_is_read_past_it(pages, reads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte about once, in whole pages, and none of it is in the cache afterwards."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_no_cache_holds_is_read_past_it(pages, reads, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Each byte about once, in whole pages, and none of it is in the cache afterwards; into pinned memory for a GPU."""
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 4 * PAGE)
-    stream_into((stored, torch.empty(stored.shape)) for stored in pages.values())
+    stream_into((stored, torch.empty(stored.shape, device=device)) for stored in pages.values())
     path = pages["0"].path
     assert all(direct and at % PAGE == 0 for direct, at, _ in reads)
     assert path.stat().st_size <= sum(got for *_, got in reads) <= path.stat().st_size + len(reads) * PAGE
@@ -160,6 +161,19 @@ def test_only_blocks_with_wanted_tensors_are_read(pages, reads, monkeypatch: pyt
     first, last = pages["0"], pages["4"]
     wanted = [page for t in (first, last) for page in range(t.start // PAGE, (t.start + t.nbytes - 1) // PAGE + 1)]
     assert sorted(at // PAGE for _, at, _ in reads) == wanted
+
+
+def test_a_read_that_comes_back_short_goes_on(pages, reads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a whole page, as O_DIRECT asks; no read falls back to the cache."""
+    expected = {name: torch.empty(stored.shape) for name, stored in pages.items()}
+    stream_into((pages[name], target) for name, target in expected.items())
+    preadv, targets = os.preadv, {name: torch.empty(stored.shape) for name, stored in pages.items()}
+    monkeypatch.setattr(os, "preadv", lambda file, rooms, at: preadv(file, [rooms[0][: 3 * PAGE + 512]], at))
+    reads.clear()
+    stream_into((pages[name], target) for name, target in targets.items())
+    assert all(direct and at % PAGE == 0 for direct, at, _ in reads)
+    assert len(reads) > 10
+    assert all(torch.equal(targets[name], expected[name]) for name in pages)
 
 
 @pytest.mark.parametrize("way", WAYS)
