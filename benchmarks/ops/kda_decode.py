@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks._report import Section, needs_gpu, write_page
-from kimi_linear.kernels.triton.decode import Launch, launch_of, prepare
+from kimi_linear.kernels.triton.configs import Config
+from kimi_linear.kernels.triton.decode import prepare
 from kimi_linear.ops import DecodePool, SoftplusGate
 from kimi_linear.testing.decode import DecodeInputs, decode_inputs
 from kimi_linear.testing.factories import GATE_KINDS
@@ -34,19 +35,10 @@ CYCLE_BYTES = 512 * 2**20
 """States that a graph goes through before it meets one again: ten times the L2."""
 LAUNCHES = 300
 """Eager calls that the CPU's time is taken over; the queue of a GPU takes about a thousand."""
-CONFIGS = (
-    Launch(block=128, warps=8, registers=128),
-    Launch(block=128, warps=8),
-    Launch(block=128, warps=4),
-    Launch(block=128, warps=16),
-    Launch(block=128, warps=16, registers=64),
-    Launch(block=64, warps=8),
-    Launch(block=64, warps=8, registers=128),
-    Launch(block=64, warps=4),
-    Launch(block=32, warps=4),
-    Launch(block=32, warps=4, registers=96),
-    Launch(block=32, warps=2),
-    Launch(block=16, warps=2),
+CONFIGS = tuple(
+    Config(constants={"BV": block, "PDL": early}, num_warps=warps)
+    for early in (0, 1)
+    for block, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8), (128, 16))
 )
 
 
@@ -129,9 +121,11 @@ def graph_of(calls: list[Callable[[], object]]) -> Callable[[], object]:
     return graph.replay
 
 
-def ours(inputs: DecodeInputs, cycle: list[tuple[Tensor, Tensor | None]], launch: Launch) -> Callable[[], object]:
+def ours(
+    inputs: DecodeInputs, cycle: list[tuple[Tensor, Tensor | None]], config: Config | None
+) -> Callable[[], object]:
     step, out = step_of(inputs, *cycle[0]), torch.empty_like(inputs.v)
-    run = prepare(step, lower_bound=None, eps=1e-5, activation="sigmoid", launch=launch)
+    run = prepare(step, lower_bound=None, eps=1e-5, activation="sigmoid", config=config)
     steps = [step_of(inputs, *places) for places in cycle]
     return graph_of([lambda now=now: run(now, out) for now in steps])
 
@@ -177,15 +171,14 @@ def time_steps(page: Page, batch: int, tokens: int, has_fla: bool, configs: bool
     """One row of the first table, and the candidates at this shape."""
     inputs, calls = drawn(batch, tokens)
     cycle = rows_of(batch, tokens, calls)
-    major, minor = torch.cuda.get_device_capability()
-    replays = {"ours": ours(inputs, cycle, launch_of(DIM, DIM, tokens, 10 * major + minor))}
+    replays = {"ours": ours(inputs, cycle, None)}
     if has_fla and tokens == 1:
         parts = inputs.pool.memory.view(calls, batch, HEADS, DIM, DIM)
         replays["fla"] = graph_of([fla_call(inputs, part) for part in parts[: max(4, calls // 8)]])
     shares = {"ours": calls, "fla": max(4, calls // 8)}
     tried = CONFIGS if configs and tokens == 1 else ()
-    for launch in tried:
-        replays[str(launch)], shares[str(launch)] = ours(inputs, cycle, launch), calls
+    for config in tried:
+        replays[str(config)], shares[str(config)] = ours(inputs, cycle, config), calls
     times = compare(replays, warmup=2, repeats=page.repeats, device="cuda")
     micro = {name: timing.median / shares[name] * 1e6 for name, timing in times.items()}
     moved = batch * HEADS * DIM * DIM * 4 * (1 + tokens)
@@ -193,9 +186,9 @@ def time_steps(page: Page, batch: int, tokens: int, has_fla: bool, configs: bool
     beside = [micro["fla"], micro["fla"] / mine] if "fla" in micro else ["–", "–"]
     rate = moved / mine * 1e6
     page.add(page.steps, [batch, tokens, mine, rate / 1e9, f"{rate / page.bandwidth:.1%}", *beside])
-    for launch in tried:
-        taken = micro[str(launch)]
-        words = f"BV={launch.block}, {launch.warps} warps, registers {launch.registers or 'free'}"
+    for config in tried:
+        taken = micro[str(config)]
+        words = f"BV={config['BV']}, {config.num_warps} warps{', launched early' if config['PDL'] else ''}"
         page.add(page.configs, [batch, words, taken, f"{moved / taken * 1e6 / page.bandwidth:.1%}"])
 
 

@@ -93,8 +93,9 @@ def kda_decode(
     With ``keep`` the state after every token stays: to take back the tokens after the j-th, which is what speculative
     decoding does, pass ``keep[:, j]`` as ``slots`` of the next call. No state is copied.
 
-    On a GPU the host never waits and, with ``out``, nothing is allocated, so a CUDA graph may record the call; the values
-    of ``slots`` and ``keep`` may change between replays.
+    On a GPU the host waits at most in the first call with a pool, and nothing is kept but four bytes a slot and key head, for as
+    long as the pool's memory lives. So a CUDA graph may record the call; the values of ``slots`` and ``keep`` may change
+    between replays. Calls on different slots may run at the same time.
 
     Args:
         q, k: [B, S, H, K] raw projections of S in 1..8 tokens of each of B sequences; H and K dense.

@@ -6,8 +6,10 @@ fp64. Prints one line per case: name, and the errors of output, memory and windo
 
 import torch
 
-from kimi_linear.kernels.triton.decode import Launch, prepare
+from kimi_linear.kernels.triton.configs import Config
+from kimi_linear.kernels.triton.decode import prepare
 from kimi_linear.kernels.triton.recurrent_kda import recurrent_kda
+from kimi_linear.kernels.triton.tickets import tickets_of
 from kimi_linear.ops import recurrent_kda as public
 from kimi_linear.testing.decode import decode_inputs
 from kimi_linear.testing.factories import GATE_KINDS, kda_inputs
@@ -41,10 +43,11 @@ def step(name: str, gate: str, places: str) -> None:
         inputs.pool.memory, inputs.pool.window, slots, keep,
     )  # fmt: skip
     output = torch.full_like(inputs.v, float("nan"))
-    launch = Launch(block=16, warps=1) if name == "sliced" else None
+    config = Config(constants={"BV": 16, "PDL": 0}, num_warps=1) if name == "sliced" else None
     bound = getattr(parts, "lower_bound", None)
-    run = prepare(tensors, lower_bound=bound, eps=norm.eps, activation=norm.activation, launch=launch)
+    run = prepare(tensors, lower_bound=bound, eps=norm.eps, activation=norm.activation, config=config)
     run(tensors, output)
+    assert not tickets_of(inputs.pool.memory, inputs.q.shape[2]).any(), "the last program did not set its ticket back"
     expected = exact.step(slots=slots, keep=keep)
     pairs = [(output, expected), (inputs.pool.memory, exact.pool.memory), (inputs.pool.window, exact.pool.window)]
     print(f"{name},{gate},{places}".replace(" ", "-"), *(relative_error(a, e) for a, e in pairs))

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,47 +50,79 @@ def compiled(kernel, types: dict[str, str], constants: dict[str, object], arch: 
     )
 
 
-def compiled_step(width: int, tokens: int, arch: int):
+def compiled_step(width: int, tokens: int, arch: int, count: str = "many heads", heads: int = 32):
     """The kernel as the released model's layers launch it, with per-token states where there are several tokens."""
-    from kimi_linear.kernels.triton.decode import decode_kernel, launch_of
+    from kimi_linear.kernels.triton.configs import lookup
+    from kimi_linear.kernels.triton.decode import decode_kernel, options_of
 
-    launch, heads = launch_of(width, width, tokens, arch), 32
+    count = "more tokens" if tokens > 1 else f"one token, {count}"
+    config = lookup("kda_decode", (arch // 10, arch % 10), f"K = {width}, {count}")
     types = dict.fromkeys(("q", "k", "v", "gate", "beta", "out_gate", "weight", "window", "output"), "*bf16")
     types |= dict.fromkeys(("taps_q", "taps_k", "taps_v"), "*bf16")
-    types |= dict.fromkeys(("A_log", "dt_bias", "memory"), "*fp32") | dict.fromkeys(("slots", "keep"), "*i32")
-    if launch.block < width:
-        types["scratch"] = "*fp32"
+    types |= dict.fromkeys(("A_log", "dt_bias", "memory", "scratch"), "*fp32")
+    types |= dict.fromkeys(("slots", "keep", "tickets"), "*i32")
     row = heads * width
-    constants = {"H": heads, "HV": heads, "K": width, "V": width, "BV": launch.block, "W": 4, "S": tokens, "GATE": 1}
-    constants |= {"LOWER_BOUND": 0.0, "SCALE": width**-0.5, "EPS": 1e-5, "ACTIVATION": 1, "HAS_SLOTS": True}
-    constants |= {"HAS_KEEP": tokens > 1, "MEMORY_SLOT": row * width, "WINDOW_SLOT": 9 * row}
+    constants = {"H": heads, "HV": heads, "K": width, "V": width, "BV": min(width, config["BV"]), "W": 4, "S": tokens}
+    constants |= {"GATE": 1, "LOWER_BOUND": 0.0, "SCALE": width**-0.5, "EPS": 1e-5, "ACTIVATION": 1, "HAS_SLOTS": True}
+    constants |= {"HAS_KEEP": tokens > 1, "PDL": config["PDL"], "MEMORY_SLOT": row * width, "WINDOW_SLOT": 9 * row}
     for name, size in (("Q", row), ("K", row), ("V", row), ("G", row), ("BETA", heads), ("OG", row)):
         constants |= {f"{name}_B": tokens * size, f"{name}_S": size if tokens > 1 else 0}
-    return compiled(decode_kernel, types, constants, arch, launch.options)
+    return compiled(decode_kernel, types, constants, arch, options_of(config))
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("width", [32, 64, 128, 256])
 def test_a_step_compiles_without_spills(width: int, tokens: int, arch: int) -> None:
-    result = compiled_step(width, tokens, arch)
-    assert result.metadata.shared <= STATIC_SHARED
-    assert resources(result.asm["cubin"])[1] == 0
+    for count in ("few heads", "many heads") if tokens == 1 and width in (32, 128) else ("many heads",):
+        result = compiled_step(width, tokens, arch, count)
+        assert result.metadata.shared <= STATIC_SHARED
+        assert resources(result.asm["cubin"])[1] == 0
 
 
-@pytest.mark.parametrize("width", [64, 128])
-def test_rounding_does_not_depend_on_the_number_of_tokens(width: int) -> None:
-    """No product may be fused into a sum but where the source says so: builds for other S chose other products to fuse.
+def sums(ttgir: str) -> list[tuple[str, str]]:
+    """Axis and layout of every sum's first operand, in order, but for the number of rows and of warps that share them."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>$", ttgir, re.MULTILINE))
+    found = []
+    for reduce in re.finditer(
+        r'"tt\.reduce"\(.*?<\{axis = (\d).*?\}\) : \(tensor<([^,>]*), ([^)]*?)>(?:, tensor|\) ->)', ttgir, re.S
+    ):
+        axis, shape, layout = reduce.groups()
+        (name,) = set(re.findall(r"#\w+(?=[,}>]|$)", layout.replace("#ttg.slice", "")))
+        found.append(
+            (
+                f"axis {axis} of {shape.count('x')}: {layout.count('slice')}",
+                re.sub(r"warpsPerCTA = \[.*?\], ", "", layouts[name]),
+            )
+        )
+    return found
 
-    Every operation that could be fused carries its rounding, and each build has as many of each kind and as many exchanges
-    between lanes, which is what the order of its sums needs.
+
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+def test_rounding_depends_neither_on_the_number_of_tokens_nor_of_heads(width: int) -> None:
+    """Builds for other S chose other products to fuse into sums; entries of the table cut a head otherwise.
+
+    So every operation that could be fused carries its rounding, and each sum has its terms in the same threads. Where a
+    thread's share is the same, warps only say who does the sums of which rows.
     """
-    kinds = []
-    for tokens in (1, 2, 5, 8):
-        ptx = compiled_step(width, tokens, 90).asm["ptx"]
-        assert re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32\b", ptx) == []
-        kinds.append(Counter(re.findall(r"\b(?:(?:mul|add|sub|fma)\.rn\.\S*f32|shfl\.sync\.bfly)", ptx)))
-    assert all(kind == kinds[0] for kind in kinds)
+    orders = []
+    for tokens, count in ((1, "few heads"), (1, "many heads"), (2, ""), (5, "")):
+        asm = compiled_step(width, tokens, 90, count).asm
+        assert re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32\b", asm["ptx"]) == []
+        orders.append(sums(asm["ttgir"]))
+    assert len(orders[0]) == 4  # q and k, two axes of the state, a head's output
+    assert all(order == orders[0] for order in orders)
+
+
+def test_nothing_is_read_before_the_kernel_before_has_ended() -> None:
+    """From sm_90 on a step may be launched early; what stands before the wait could be read before it is written."""
+    ptx = compiled_step(128, 1, 90).asm["ptx"]
+    assert (
+        0
+        < ptx.index("griddepcontrol.wait")
+        < min(ptx.index("ld.global"), ptx.index("griddepcontrol.launch_dependents"))
+    )
+    assert "griddepcontrol" not in compiled_step(128, 1, 80).asm["ptx"]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

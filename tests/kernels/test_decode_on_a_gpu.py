@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kimi_linear.kernels.triton.configs import Config, device_arch, table
+from kimi_linear.kernels.triton.decode import prepare
 from kimi_linear.ops import DecodePool, recurrent_kda
 from kimi_linear.testing.decode import DecodeInputs, decode_inputs
 from kimi_linear.testing.factories import GATE_KINDS, kda_inputs
@@ -109,6 +111,85 @@ def test_neighbours_and_slots_do_not_matter() -> None:
         pool = DecodePool(memory=inputs.pool.memory[place].clone(), window=inputs.pool.window[place].clone())
         assert torch.equal(replace(alone, pool=pool).step()[0], output[row])
         assert torch.equal(pool.memory[0], first.pool.memory[order[row]])
+
+
+def through(inputs: DecodeInputs, slots: torch.Tensor, config: Config) -> torch.Tensor:
+    """A step with a launch of one's own choice."""
+    gate, taps, norm, pool = inputs.gate, inputs.taps, inputs.norm, inputs.pool
+    assert taps is not None
+    step = (
+        inputs.q, inputs.k, inputs.v, gate.x, inputs.beta, norm.gate, gate.A_log, gate.dt_bias, taps.q, taps.k, taps.v,
+        norm.weight, pool.memory, pool.window, slots, None,
+    )  # fmt: skip
+    output = torch.full_like(inputs.v, float("nan"))
+    run = prepare(step, lower_bound=None, eps=norm.eps, activation=norm.activation, config=config)
+    run(step, output)
+    return output
+
+
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_launches_give_the_same_bits(width: int, tokens: int) -> None:
+    """The table chooses by the number of tokens and of heads, so a sequence among others is launched otherwise than alone."""
+    by_arch, (major, minor) = table()["kda_decode"], device_arch(torch.cuda.current_device())
+    classes = by_arch[max(arch for arch in by_arch if arch <= 10 * major + minor)]
+    configs = [config for name, config in classes.items() if name.startswith(f"K = {width},")]
+    configs.append(replace(configs[0], constants={**configs[0].constants, "BV": min(width, 16), "PDL": 0}))
+    inputs = decode_inputs(3, tokens, 2, 4, width, dtype=torch.bfloat16, device="cuda")
+    slots, expected = indices(5, 1, 2), None
+    for config in configs:
+        config = replace(config, constants={**config.constants, "BV": min(width, config["BV"])})
+        twin = inputs.fresh()
+        got = (through(twin, slots, config), twin.pool.memory, twin.pool.window)
+        expected = expected or got
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b), config
+
+
+def test_one_row_of_many_heads_is_a_row_alone() -> None:
+    """At the released model's heads one sequence and five take different entries of the table."""
+    inputs = decode_inputs(5, 1, 32, slots=8, dtype=torch.bfloat16, **WIDE)
+    many, alone = inputs.fresh(), inputs.fresh()
+    slots = indices(7, 2, 0, 5, 3)
+    output = many.step(slots=slots)
+    for row in range(5):
+        part = alone.rows(slice(row, row + 1))
+        assert torch.equal(part.step(slots=slots[row : row + 1])[0], output[row])
+    assert torch.equal(alone.pool.memory, many.pool.memory)
+    assert torch.equal(alone.pool.window, many.pool.window)
+
+
+def test_calls_on_two_streams_do_not_disturb_each_other() -> None:
+    """Two halves of one pool, 200 steps each at the same time: bitwise what one half after the other gives."""
+    inputs = decode_inputs(16, 1, 32, slots=16, dtype=torch.bfloat16, **WIDE)
+    together, apart = inputs.fresh(), inputs.fresh()
+    halves = [(slice(0, 8), indices(*range(8))), (slice(8, 16), indices(*range(8, 16)))]
+    streams = [torch.cuda.Stream() for _ in halves]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for (rows, slots), stream in zip(halves, streams, strict=True):
+            with torch.cuda.stream(stream):
+                together.rows(rows).step(slots=slots)
+    torch.cuda.synchronize()
+    for rows, slots in halves:
+        for _ in range(200):
+            apart.rows(rows).step(slots=slots)
+    assert torch.equal(together.pool.memory, apart.pool.memory)
+    assert torch.equal(together.pool.window, apart.pool.window)
+
+
+def test_a_graph_may_be_recorded_on_a_pool_that_no_call_has_met() -> None:
+    """Its tickets are the recording's own, and replays leave those of later calls alone."""
+    inputs = decode_inputs(2, 1, 4, slots=4, dtype=torch.bfloat16, **WIDE)
+    inputs.fresh().step(slots=indices(0, 1))  # compiles
+    twin, slots, out, graph = inputs.fresh(), indices(2, 1), torch.empty_like(inputs.v), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inputs.step(slots=slots, out=out)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(twin.step(slots=slots), out)
+        assert torch.equal(inputs.step(slots=slots), twin.step(slots=slots))
+    assert torch.equal(inputs.pool.memory, twin.pool.memory)
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 8])

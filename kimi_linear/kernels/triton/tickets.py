@@ -1,0 +1,39 @@
+"""Tickets by which the programs of one head find out which of them arrives last (``decode.py``): one a slot and key head.
+
+A ticket counts arrivals and is set back to zero by the last, so between calls all are zero and no launch has to clear them.
+Two calls that run at the same time, on other streams or in other graphs, must not count the same one. A slot of a pool is
+used by one call at a time, which whoever decodes has to see to anyway; so tickets belong to a pool, a row of them to a slot,
+and are as separate as the states are. They live as long as the memory of the pool does; a graph that was recorded with it
+finds them at the same address.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+_TICKETS: dict[tuple[int, int | None, int], Tensor] = {}
+"""By address of a pool's first slot, device, and number of tickets."""
+
+
+def tickets_of(memory: Tensor, heads: int) -> Tensor:
+    """[slots * heads] int32, zero between calls: those of the pool ``memory`` [slots, HV, V, K], the same at every call.
+
+    The first call with a pool clears them and waits until that is done, so that any stream may go on. While a graph is
+    recorded nobody can wait: a pool first met there gets tickets of that call alone, cleared at each replay.
+    """
+    key = (memory.data_ptr(), memory.device.index, len(memory) * heads)
+    known = _TICKETS.get(key)
+    return _first(memory, key) if known is None else known
+
+
+def _first(memory: Tensor, key: tuple[int, int | None, int]) -> Tensor:
+    tickets = torch.zeros(key[-1], dtype=torch.int32, device=memory.device)
+    if memory.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return tickets
+        torch.cuda.current_stream().synchronize()
+    weakref.finalize(memory.untyped_storage(), _TICKETS.pop, key, None).atexit = False
+    return _TICKETS.setdefault(key, tickets)
