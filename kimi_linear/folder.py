@@ -19,6 +19,8 @@ from kimi_linear.model.hub import local_folder
 from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor
 
 CONFIG_FILE = "config.json"
+SHIPPED, SHIPPED_FOLDER = "nano", Path(__file__).parent / "nano"
+"""The model that comes with the package: its name for ``load`` and --model, and where it lies."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """How config.json names the dtype of the weights."""
 
@@ -64,7 +66,8 @@ def load(
 
     Args:
         folder: with config.json, weights, and perhaps a tokenizer; or text such as
-            "moonshotai/Kimi-Linear-48B-A3B-Instruct", which is downloaded (``pip install 'kimi-linear[hf]'``).
+            "moonshotai/Kimi-Linear-48B-A3B-Instruct", which is downloaded (``pip install 'kimi-linear[hf]'``); or the
+            text "nano", where no such folder is here, for the model that comes with the package.
         revision: a branch, tag or commit, for a name of the hub.
         device: where the weights go.
         dtype: of the weights; as config.json says where None. A_log, dt_bias and the router's bias are fp32 always.
@@ -77,7 +80,7 @@ def load(
             hostile or of another model. ImportError, PermissionError, ConnectionError: the hub (see
             ``kimi_linear.model.hub``).
     """
-    folder = local_folder(folder, revision)
+    folder = shipped_folder() if is_shipped(folder) else local_folder(folder, revision)
     check_links(folder, error=CheckpointError)
     values = read_config(folder)
     config = from_release(values)
@@ -90,6 +93,25 @@ def load(
         model.to(_stored_dtype(values))
     fill(model, stored, device=device, dtype=dtype)
     return model.eval(), tokenizer
+
+
+def is_shipped(name: str | Path) -> bool:
+    """Whether ``name`` means the model that comes with the package: its name, where no folder of that name is here."""
+    return str(name) == SHIPPED and not Path(name).exists()
+
+
+def shipped_folder() -> Path:
+    """The folder of the model that comes with the package.
+
+    Raises:
+        FileNotFoundError: this copy of the package has none.
+    """
+    if not (SHIPPED_FOLDER / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{SHIPPED}: expected the model that comes with the package in {SHIPPED_FOLDER}, found none; install the whole "
+            "package, or name another model"
+        )
+    return SHIPPED_FOLDER
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class ChatArgs:
     """Flags of ``chat``."""
 
     model: Path | None = None
-    """Folder of a model or of a run, or a name of the hub, such as "owner/model"; the newest under runs/ where None."""
+    """Folder of a model or of a run, a name of the hub such as "owner/model", or "nano", which comes along; the newest under
+    runs/ where None, and nano where there is none."""
     system: str | None = None
     """System prompt: what the model is told before the first message."""
     device: str = "auto"

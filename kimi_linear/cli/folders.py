@@ -1,4 +1,4 @@
-"""Which model a verb means when none is named: the newest one under runs/."""
+"""Which model a verb means when none is named: the newest one under runs/, else the one that comes with the package."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ RUNS = Path("runs")
 
 
 def model_folder(named: Path | None, root: Path = RUNS) -> Path:
-    """The model folder to use: ``named``, or the newest below it or below ``root``.
+    """The model folder to use: ``named``, or the newest below it or below ``root``, or the package's own where none is.
 
-    A model folder holds config.json and safetensors; a run's folder holds checkpoints that do. A name of the hub
+    "nano" names the package's own, where no folder is called so. A model folder holds config.json and safetensors; a run's folder holds checkpoints that do. A name of the hub
     (``kimi_linear.model.hub``) is downloaded first.
 
     Raises:
@@ -22,10 +22,24 @@ def model_folder(named: Path | None, root: Path = RUNS) -> Path:
     if named is not None:
         if is_model(named):
             return named
+        from kimi_linear.folder import is_shipped, shipped_folder  # torch comes along
+
+        if is_shipped(named):
+            return shipped_folder()
         if not named.is_dir():
             return existing_folder(named, f"try one of those in {root}/")
     where = root if named is None else named
     found = [path.parent for path in where.rglob("config.json") if is_model(path.parent) and not _hidden(path, where)]
+    if not found and named is None:
+        from kimi_linear.folder import shipped_folder
+
+        try:
+            return shipped_folder()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{where}: expected a model (config.json and *.safetensors) in it, found none, and the package holds none "
+                "either; make one with: kimi-linear train"
+            ) from error
     if not found:
         raise FileNotFoundError(
             f"{where}: expected a model (config.json and *.safetensors) in it, found none; make one with: kimi-linear train"

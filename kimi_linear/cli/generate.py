@@ -27,7 +27,8 @@ class GenerateArgs:
     raw: bool = False
     """Continue the prompt as plain text, also where the model has a chat template."""
     model: Path | None = None
-    """Folder of a model or of a run, or a name of the hub, such as "owner/model"; the newest under runs/ where None."""
+    """Folder of a model or of a run, a name of the hub such as "owner/model", or "nano", which comes along; the newest under
+    runs/ where None, and nano where there is none."""
     device: str = "auto"
     """Such as "cpu" or "cuda:0"; "auto" takes a GPU where there is one."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_tokens=256))

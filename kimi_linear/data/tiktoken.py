@@ -47,7 +47,7 @@ _LONG_RUN = re.compile(rf"\S{{{_RUN + 1},}}|\s{{{_RUN + 1},}}")
 
 
 class TiktokenTokenizer:
-    """The vocabulary of the released checkpoints, merged by the tiktoken library (``pip install 'kimi-linear[hf]'``).
+    """The vocabulary of the released checkpoints, merged by the tiktoken library.
 
     Text is only text: a reserved token spelled out in it is encoded as the characters that it is made of, unless
     ``special=True`` asks for it. That holds for all 256, also those that the files do not mark special: the marks of a
@@ -90,7 +90,7 @@ class TiktokenTokenizer:
         except ImportError as error:
             raise ImportError(
                 f"{path}: needs the tiktoken library, which is not installed; "
-                "install the extra with: pip install 'kimi-linear[hf]'"
+                "install it with: pip install tiktoken"
             ) from error
         companions = Companions.read(folder)
         ranks = _ranks(companions.blob(RANKS_FILE), path)

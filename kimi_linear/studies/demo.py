@@ -50,6 +50,8 @@ class DemoConfig:
     """Tokens per sequence."""
     corpus_bytes: int | None = None
     """Read only so much of the standard library's source; all of it where None."""
+    opening_tokens: int = 120
+    """Length of what the model that comes with the package says first; 0 to leave it out."""
     prompt: str = "def "
     """Text that the hybrid continues."""
     sample_tokens: int = 240
@@ -87,6 +89,8 @@ class DemoConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.opening_tokens < 0:
+            raise ValueError(f"opening_tokens: expected at least 0, got {self.opening_tokens}")
         if self.longest_context < 1024:
             raise ValueError(f"longest_context: expected at least 1024 tokens, got {self.longest_context}")
         if not 0 < self.recall_target <= 1:
@@ -199,6 +203,7 @@ def run_demo(config: DemoConfig, screen: Screen) -> DemoResults:
         total = config.train_seconds + config.decode_seconds + config.recall_seconds
         screen.say(f"About {total / 60:.1f} minutes. Ctrl-C at any time leaves a model and a report.")
     steps: list[tuple[str, Callable[[DemoRun], None]]] = [
+        ("the opening", phases.open_with_shipped_model),
         ("the two language models", training.train_language_models),
         ("the continuation", phases.continue_prompt),
         ("the picture of the memory", phases.picture_memory),

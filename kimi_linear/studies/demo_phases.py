@@ -1,4 +1,4 @@
-"""What the demo does with trained models: continue a prompt, look into the memory, measure the cost of a token."""
+"""What the demo does with trained models: an opening, a continuation, a look into the memory, the cost of a token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from kimi_linear.data import Tokenizer
 from kimi_linear.engine import stream
-from kimi_linear.folder import load
+from kimi_linear.folder import SHIPPED, load, shipped_folder
 from kimi_linear.model import KDAState, KimiLinear, MLAState, ModelState
 from kimi_linear.studies.demo_training import twins
 from kimi_linear.studies.report.page import context, size_in_words, time_in_words
@@ -50,6 +50,37 @@ def resolve_device(name: str) -> str:
             f"device: expected auto, cpu or a device that torch has here, got {name!r}: {error}"
         ) from error
     return name
+
+
+# The opening
+
+OPENING = "Once upon a time"
+
+
+def open_with_shipped_model(run: DemoRun) -> None:
+    """Stream what the model that comes with the package makes of a beginning: something to read before training starts."""
+    config = run.config
+    if config.opening_tokens == 0:
+        return
+    try:
+        shipped_folder()
+    except FileNotFoundError as error:
+        run.screen.say(f"No opening: {error}")
+        return
+    with run.phase("opening"):
+        model, tokenizer = load(SHIPPED, device=run.device)
+        assert tokenizer is not None
+        run.screen.say(f"kimi-linear-{SHIPPED}, which comes with the package, continues:")
+        run.screen.write(OPENING)
+        text = stream(
+            model, tokenizer, OPENING, max_tokens=config.opening_tokens, temperature=TEMPERATURE, top_p=TOP_P,
+            seed=config.seed,
+        )  # fmt: skip
+        try:
+            for piece in text:
+                run.screen.write(piece)
+        finally:
+            run.screen.write("\n\n")
 
 
 # The continuation

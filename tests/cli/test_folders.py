@@ -31,6 +31,34 @@ def test_of_equal_age_the_later_step_is_taken(tmp_path):
     assert model_folder(None, tmp_path) == later
 
 
+@pytest.fixture
+def shipped(tmp_path, monkeypatch) -> Path:
+    """Where the package's own model would be; nothing is there yet."""
+    monkeypatch.setattr("kimi_linear.folder.SHIPPED_FOLDER", tmp_path / "package" / "nano")
+    return tmp_path / "package" / "nano"
+
+
+def test_the_packages_own_model_is_taken_where_there_is_no_other(tmp_path, shipped, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nano: expected the model that comes with the package"):
+        model_folder(Path("nano"))
+    make(shipped, 0)
+    assert model_folder(None, tmp_path / "runs") == shipped
+    mine = make(tmp_path / "runs" / "mine", 30)
+    assert model_folder(None, tmp_path / "runs") == mine
+    assert model_folder(Path("nano"), tmp_path / "runs") == shipped
+    here = make(tmp_path / "nano", 30)
+    assert model_folder(Path("nano")).resolve() == here
+
+
+def test_a_folder_that_is_named_and_empty_is_not_replaced_by_the_packages_own(tmp_path, shipped):
+    make(shipped, 0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty: expected a model"):
+        model_folder(tmp_path / "empty")
+
+
+@pytest.mark.usefixtures("shipped")
 def test_a_folder_without_weights_is_no_model(tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").touch()

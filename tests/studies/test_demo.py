@@ -24,6 +24,7 @@ from kimi_linear.studies.demo_phases import decode_point, filled_state, record_m
 from kimi_linear.studies.report.results import DemoResults, read_results
 
 SMALL = {
+    "opening_tokens": 0,
     "steps": 4, "batch_size": 2, "sequence_length": 64, "corpus_bytes": 300_000, "sample_tokens": 12, "decode_seconds": 0.2,
     "longest_context": 2048, "recall_seconds": 1.0, "recall_pairs": 2, "threads": 1, "device": "cpu",
 }  # fmt: skip
