@@ -158,32 +158,43 @@ class Step(NamedTuple):
 
 
 _Runner = Callable[[Step, Tensor], None]
-_KNOWN: dict[tuple[object, ...], _Runner] = {}
-"""Kinds of calls that were checked before, and what runs them."""
-MOST_KINDS = 4096
+_Kind = tuple[object, ...]
+_KNOWN: dict[object, list[tuple[_Kind, _Runner]]] = {}
+"""Kinds of calls that were checked before, and what runs them; by the shape of q, since to compare a kind costs half of
+what it costs to hash it. All layers of a model make calls of one kind."""
+MOST_KINDS = 64
+"""For one shape of q, and of such shapes."""
 
 
 def _run(
     step: Step, out: Tensor | None, bound: float | None, eps: float, activation: GateActivation, impl: Impl
 ) -> Tensor:
     """A step of a known kind goes straight to its kernel: checks and the choice depend on nothing but ``kind``."""
-    kind = None
+    kind, run = None, None
     try:
-        kind = (
-            *((x.shape, x.stride(), x.dtype, x.device) if x is not None else None for x in (*step, out)),
-            bound, eps, activation, impl, torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in step),
-        )  # fmt: skip
-        run = _KNOWN.get(kind)
+        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in step)
+        facts = [
+            None if x is None else (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device) for x in (*step, out)
+        ]
+        kind = (facts, bound, eps, activation, impl, needs_grad)
+        for known, runner in _KNOWN.get(step.q.shape, ()):
+            if known == kind:
+                run = runner
+                break
     except AttributeError:  # something that is no tensor; the checks name it
-        run = None
+        pass
     if run is None:
         check_decode(step._asdict() | {"out": out}, bound, eps, activation)
         assert kind is not None
+        run = _runner(step, bound, eps, activation, impl, bool(kind[-1]))
         if len(_KNOWN) >= MOST_KINDS:
             _KNOWN.clear()
-        run = _KNOWN[kind] = _runner(step, bound, eps, activation, impl, bool(kind[-1]))
+        kinds = _KNOWN.setdefault(step.q.shape, [])
+        if len(kinds) >= MOST_KINDS:
+            kinds.clear()
+        kinds.append((kind, run))
     if out is None:
-        out = step.q.new_empty(step.v.shape)
+        out = torch.empty_like(step.v, memory_format=torch.contiguous_format)
     run(step, out)
     return out
 

@@ -276,16 +276,16 @@ def prepare(
     if interpreted:
         config = Config(constants={**config.constants, "PDL": 0}, num_warps=config.num_warps)
     constants, options = _constants(step, lower_bound, eps, activation, config), options_of(config)
-    (batch, _, heads, _), shape = q.shape, v.shape
-    grid = (shape[3] // config["BV"], shape[2], batch)
-    shared = grid[0] * shape[2] // heads > 1  # by several programs: a key head
+    (batch, _, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
+    grid = (value_dim // config["BV"], v_heads, batch)
+    shared = grid[0] * v_heads // heads > 1  # by several programs: a key head
     compiled: dict[object, Any] = {}
 
     def run(now: Step, output: Tensor) -> None:
         if batch == 0:
             return
         # The allocator gives memory back in the stream's order, so dropping it after the launch is safe.
-        scratch = torch.empty(shape, dtype=torch.float32, device=output.device)
+        scratch = torch.empty_like(output, dtype=torch.float32)
         tickets = tickets_of(now[MEMORY], heads) if shared else None
         tensors = (*now, scratch, tickets, output)
         if interpreted:
