@@ -3,14 +3,14 @@
 #
 # Goes on from what earlier pieces left on the machine, and packs what is finished:  tar xzf nano.tgz -C runs
 #
-#   DATA     the token files, which `study nano --part prepare` makes elsewhere    .scratch/nano
+#   DATA     the token files, which `study nano --part prepare` makes elsewhere    runs/nano-data
 #   OUT      where nano.tgz and the log go               .
 #   PYTHON   the interpreter                             python3; a package that is missing there can be put on PYTHONPATH
 #   PIECE    seconds of training                         480
 #   KEPT     results and checkpoints between pieces      /tmp/nano
 set -uo pipefail
 cd "$(dirname "$0")/.."
-: "${DATA:=.scratch/nano}" "${OUT:=.}" "${PYTHON:=python3}" "${PIECE:=480}" "${KEPT:=/tmp/nano}"
+: "${DATA:=runs/nano-data}" "${OUT:=.}" "${PYTHON:=python3}" "${PIECE:=480}" "${KEPT:=/tmp/nano}"
 export PYTHONUNBUFFERED=1
 mkdir -p "$KEPT/nano"
 # Ctrl-C lets a run that is late write its checkpoint.

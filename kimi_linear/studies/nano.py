@@ -33,9 +33,9 @@ class NanoConfig:
 
     part: Literal["prepare", "train", "package"] = "train"
     """"prepare" makes the token files from the sources; "train" trains; "package" writes the finished nano to --package."""
-    data: Path = Path(".scratch/nano")
+    data: Path = Path("runs/nano-data")
     """Folder of the token files."""
-    sources: Path = Path(".scratch/nano-sources")
+    sources: Path = Path("runs/nano-sources")
     """Folder of the archives that "prepare" reads; what is missing there is named with the command that fetches it."""
     package: Path = Path("kimi_linear/nano")
     """Where "package" writes."""

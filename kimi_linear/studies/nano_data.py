@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import json
 import lzma
-import os
 import re
 import unicodedata
 import zlib
@@ -254,7 +253,6 @@ def _listed(source: Source, tally: Tally) -> dict[str, Any]:
 
 
 def _write(path: Path, blob: bytes, *, compress: bool) -> None:
-    path.unlink(missing_ok=True)
     if compress:
         path.with_name(path.name + ".xz").write_bytes(lzma.compress(blob, preset=6))
     else:
@@ -277,17 +275,17 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def read_corpus(folder: Path, split: str) -> Corpus:
-    """The tokens of "train", "prose" or "code", memory-mapped; the compressed file is unpacked beside itself once."""
+    """The tokens of "train", "prose" or "code". Held-out text is memory-mapped; training text is unpacked in memory."""
     import torch
 
     from kimi_linear.data import Corpus
 
     path = folder / f"{split}.tokens"
-    packed = path.with_name(path.name + ".xz")
-    if not path.exists() and packed.exists():
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_bytes(lzma.decompress(packed.read_bytes()))
-        os.replace(unfinished, path)
-    # Copy on write: torch wants memory that it may write to, and the file stays as it is.
-    tokens = torch.from_numpy(np.memmap(path, dtype="<u2", mode="c"))
+    if split == "train":
+        blob = bytearray(lzma.decompress(path.with_name(path.name + ".xz").read_bytes()))
+        array = np.frombuffer(blob, dtype="<u2")
+    else:
+        # Copy on write: torch wants memory that it may write to, and the file stays as it is.
+        array = np.memmap(path, dtype="<u2", mode="c")
+    tokens = torch.from_numpy(array)
     return Corpus(tokens=tokens, offsets=torch.tensor([0, tokens.numel()]), names=(split,))
