@@ -1,0 +1,129 @@
+"""Which cells of the synthetic study are worth running, what is kept of them, and what the figure says about them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from kimi_linear.studies import synthetic, synthetic_figure
+from kimi_linear.studies.cells import write_cell
+from kimi_linear.studies.synthetic import Cell, SyntheticConfig, pending
+
+FULL = SyntheticConfig()
+TINY = SyntheticConfig(
+    tasks="mqar", mixers="kda", lengths="16,32", curve_length=32, lrs="1e-2,1e-3", seeds=2, steps=24, point_every=5,
+    batch_size=2, width=16, heads=1, head_dim=16, feed_forward=16, mqar_symbols=32, precision="fp32", device="cpu",
+)  # fmt: skip
+
+
+def result(*shares: float, ended: str = "steps", every: int = 5000) -> dict:
+    steps = [every * (i + 1) for i in range(len(shares))]
+    curve = {"step": steps, "loss": list(shares), "token_accuracy": list(shares), "sequence_accuracy": list(shares)}
+    return {"ended": ended, "parameters": 1, "hardware": "none", "seconds": 10.0, "curve": curve}
+
+
+def test_the_most_telling_cells_come_first() -> None:
+    cells = pending(FULL, {})
+    assert len(cells) == 3 * 4 * 4 * 4
+    first = cells[:16]
+    assert {(c.length, c.seed) for c in first} == {(1024, 0)}
+    assert {c.mixer for c in first} == {"kda", "gdn"}
+    assert {c.task for c in first} == {"palindrome", "mqar"}
+    assert [c.lr for c in first] == sorted((c.lr for c in first), reverse=True)
+    assert {c.mixer for c in cells[-48:]} == {"mla"}
+
+
+def test_no_learning_rate_is_begun_after_one_has_solved_the_task_but_where_curves_are_compared() -> None:
+    at = Cell(task="mqar", length=256, mixer="kda", lr=1e-3, seed=0)
+    for ended, length, left in (("solved", 256, 0), ("steps", 256, 3), ("solved", 1024, 3)):
+        done = {replace(at, length=length): result(0.0, 1.0, ended=ended)}
+        rest = [c for c in pending(FULL, done) if (c.task, c.length, c.mixer) == ("mqar", length, "kda")]
+        assert len(rest) == left, (ended, length)
+    assert len(pending(replace(FULL, sweep="full"), {at: result(1.0, ended="solved")})) == 191
+
+
+def test_seeds_repeat_the_learning_rate_that_was_soonest_right() -> None:
+    base = Cell(task="mqar", length=1024, mixer="gdn", lr=1e-3, seed=0)
+    # 1e-3 never gets there, 5e-4 is solved at 10,000 and counts as right to the end, 1e-4 at 15,000.
+    done = {
+        base: result(0.1, 0.5, 0.8, 0.9),
+        replace(base, lr=5e-4): result(0.0, 1.0, ended="solved"),
+        replace(base, lr=1e-4): result(0.0, 0.9, 1.0, ended="solved"),
+    }
+    assert synthetic.seed_cells(FULL, done) == []  # one learning rate is still to come
+    done[replace(base, lr=5e-5)] = result(0.0, 0.0, 0.0, 0.0)
+    assert sorted(c.seed for c in synthetic.seed_cells(FULL, done)) == [1, 2]
+    assert {c.lr for c in synthetic.seed_cells(FULL, done)} == {5e-4}
+    assert synthetic.area(FULL, done[replace(base, lr=5e-4)]) == pytest.approx(0.75)
+    assert synthetic.area(FULL, done[base]) == pytest.approx(0.575)
+
+
+def test_the_table_and_the_figure_say_what_the_cells_say(tmp_path) -> None:
+    base = Cell(task="mqar", length=1024, mixer="gdn", lr=1e-3, seed=0)
+    done = {replace(base, lr=lr): result(0.0, 0.2, 0.4, 0.7) for lr in (5e-4, 1e-4, 5e-5)}
+    done[base] = result(0.2, 0.5, 0.992, 0.973)
+    done[replace(base, seed=1)] = result(0.1, 0.995, 1.0, ended="solved")
+    done[replace(base, seed=2)] = result(0.0, 0.0, 0.5, 0.9)
+    for cell, values in done.items():
+        settings = synthetic.settings_of(synthetic.lane_of(FULL, cell))
+        write_cell(tmp_path / f"{cell.name}.json", settings, values, indent=None)
+    found = synthetic.report(FULL, tmp_path)
+    (row,) = found.rows
+    assert row["accuracy %"] == 99.2
+    assert row["paper %"] == 78.7
+    assert (row["lr"], row["lrs"], row["seeds"]) == ("0.001", "4 of 4", 3)
+    assert row["steps to 99 %"] == "10,000 (10,000 to 15,000), never in 1 of 3"
+    assert json.loads((tmp_path / "figure4.json").read_text())["rows"] == [dict(row)]
+    assert "| mqar | 1024 | gdn | 99.2 | 78.7 |" in (tmp_path / "figure4.md").read_text()
+    assert (tmp_path / "figure4.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"batch_size: expected 8, as asked for now, got a cell made with 16"):
+        synthetic.report(replace(FULL, batch_size=8), tmp_path)
+
+
+def test_the_papers_points_are_whole() -> None:
+    for peaks, curves in zip(
+        synthetic_figure.PAPER_PEAKS.values(), synthetic_figure.PAPER_CURVES.values(), strict=True
+    ):
+        assert {len(x) for x in peaks.values()} == {len(synthetic_figure.PAPER_LENGTHS)}
+        assert {len(x) for x in curves.values()} == {len(synthetic_figure.PAPER_STEPS)}
+    # The figure's upper panel shows GDN's last point of the lower one.
+    assert synthetic_figure.PAPER_CURVES["palindrome"]["gdn"][-1] == synthetic_figure.paper_peak(
+        "palindrome", "gdn", 1024
+    )
+
+
+def test_a_run_in_pieces_ends_as_a_whole_one(tmp_path) -> None:
+    """Left after the first point, again with no budget at all, and then to the end."""
+    list(synthetic.run(TINY, tmp_path / "whole"))
+    progress = synthetic.run(TINY, tmp_path / "parts")
+    next(progress)
+    next(progress)
+    progress.close()  # type: ignore[attr-defined]
+    assert len(list((tmp_path / "parts/training").glob("*.pt"))) == 1
+    *_, last = synthetic.run(replace(TINY, seconds_budget=0), tmp_path / "parts")
+    assert last.text == "0 cells finished, 4 to train"
+    list(synthetic.run(TINY, tmp_path / "parts"))
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.json"))
+    assert len(names) == 5  # two lengths with two learning rates, and one more seed
+    for name in names:
+        whole, parts = (json.loads((tmp_path / kind / name).read_text()) for kind in ("whole", "parts"))
+        assert whole["curve"] == parts["curve"]
+        assert whole["ended"] == parts["ended"] == "steps"
+    assert list((tmp_path / "parts/training").glob("*.pt")) == []
+    assert pending(TINY, synthetic.read_results(TINY, tmp_path / "parts")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": "mqar,chess"}, "tasks: expected some of palindrome,mqar,stack, got 'chess'"),
+        ({"lrs": "1e-3,0.001"}, "lrs: expected each one once"),
+        ({"patience": 0}, "patience: expected at least 1, got 0"),
+        ({"seconds_budget": -1.0}, "seconds_budget: expected at least 0 seconds"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SyntheticConfig(**change)
