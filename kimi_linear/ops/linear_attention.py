@@ -64,8 +64,8 @@ def chunk_gdn(
     if chosen == "triton":
         # KDA with one decay for all channels of a head is GDN, exactly; its kernels read that decay once per channel.
         by_channel = gate[..., None].expand(*gate.shape, q.shape[-1])
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        return triton_chunk_kda(q, k, v, by_channel, beta, scale, normalize_qk, initial_state, cu_seqlens)
+        factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        return triton_chunk_kda(q, k, v, by_channel, beta, factor, normalize_qk, initial_state, cu_seqlens)
     if chosen == "torch":
         from kimi_linear.kernels.torch.scalar_gate import chunk_gdn as run
     else:
