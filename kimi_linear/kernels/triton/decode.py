@@ -67,23 +67,21 @@ def convolve(s, x, old, taps, stride_s, dim, place, W: tl.constexpr):
 
 
 @triton.jit
-def new_windows(x, old, stride_s, dim, place, S: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr):
-    """[S, n, WIDE] the inputs up to each token of the call, oldest first: all but the oldest are its window."""
+def new_windows(x, old, stride_s, dim, here, place, S: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr):
+    """[S, n, WIDE] the inputs up to each token of the call, oldest first: all but the first are its window."""
     s = tl.arange(0, triton.next_power_of_2(S))[:, None, None]
     w = tl.arange(0, WIDE)[None, None, :]
-    token = s - (W - 1) + w
-    wide = dim[None, :, None]
-    before = tl.load(old + (place + wide) * (W - 1) + (W - 1 + token), (token < 0) & (w < W), 0.0)
-    here = tl.load(x + token * stride_s + wide, (token >= 0) & (token < S) & (w < W), 0.0)
-    return tl.where(token < 0, before.to(x.dtype.element_ty), here)
+    token, wide = s - (W - 1) + w, dim[None, :, None]
+    there = tl.where(token < 0, old + (place + wide) * (W - 1) + (W - 1 + token), x + token * stride_s + wide)
+    return tl.load(there, here[None, :, None] & (token < S) & (w > 0) & (w < W), 0.0)
 
 
 @triton.jit
-def leave_windows(values, window, to, dim, place, WINDOW_SLOT: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr):
+def leave_windows(values, window, to, dim, here, place, WINDOW_SLOT: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr):
     """Write ``new_windows`` into the slots ``to`` [S]; a negative one is not written."""
     w = tl.arange(0, WIDE)[None, None, :]
     at = to[:, None, None] * WINDOW_SLOT + (place + dim[None, :, None]) * (W - 1) + (w - 1)
-    tl.store(window + at, values.to(window.dtype.element_ty), (to[:, None, None] >= 0) & (w > 0) & (w < W))
+    tl.store(window + at, values, here[None, :, None] & (to[:, None, None] >= 0) & (w > 0) & (w < W))
 
 
 @triton.jit
@@ -94,12 +92,6 @@ def add_both(a, b, c, d):
 @triton.jit
 def add_three(a, b, c, x, y, z):
     return a + x, b + y, c + z
-
-
-@triton.jit
-def unit(x):
-    """x at unit length, as ``l2_normalize`` makes it."""
-    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
 
 
 @triton.jit
@@ -122,23 +114,30 @@ def end_head(
     """Norms of the raw outputs in ``scratch``, and new windows, of key head h of row b."""
     GROUP: tl.constexpr = HV // H
     WIDE: tl.constexpr = triton.next_power_of_2(W)
-    dim_k, dim_v = tl.arange(0, K), tl.arange(0, V)
+    VALUES: tl.constexpr = triton.next_power_of_2(GROUP * V)
+    dim_k, dim_v, all_v = tl.arange(0, K), tl.arange(0, V), tl.arange(0, VALUES)
+    channel, channel_v = h * K + dim_k, h * GROUP * V + all_v
+    mine = all_v < GROUP * V
+    old, every = window + slot * WINDOW_SLOT, dim_k >= 0
+    x_q, x_k, x_v = q + b * Q_B, k + b * K_B, v + b * V_B
     if W > 1:
-        old = window + slot * WINDOW_SLOT
         token = tl.arange(0, triton.next_power_of_2(S))
         if HAS_KEEP:
             to = tl.load(keep + b * S + token, token < S, -1).to(tl.int64)
         else:
             to = tl.where(token == S - 1, slot, -1)
-        new_q = new_windows(q + b * Q_B, old, Q_S, h * K + dim_k, 0, S, W, WIDE)
-        new_k = new_windows(k + b * K_B, old, K_S, h * K + dim_k, H * K, S, W, WIDE)
-        for j in range(GROUP):
-            channel_v = (h * GROUP + j) * V + dim_v
-            new_v = new_windows(v + b * V_B, old, V_S, channel_v, 2 * H * K, S, W, WIDE)
-            tl.debug_barrier()  # every thread has read this head's window before one writes it
-            leave_windows(new_v, window, to, channel_v, 2 * H * K, WINDOW_SLOT, W, WIDE)
-        leave_windows(new_q, window, to, h * K + dim_k, 0, WINDOW_SLOT, W, WIDE)
-        leave_windows(new_k, window, to, h * K + dim_k, H * K, WINDOW_SLOT, W, WIDE)
+        new_q = new_windows(x_q, old, Q_S, channel, every, 0, S, W, WIDE)
+        if S > 1:  # one after another: the windows of eight tokens fill the registers
+            tl.debug_barrier()  # every thread has read what is overwritten now
+            leave_windows(new_q, window, to, channel, every, 0, WINDOW_SLOT, W, WIDE)
+        new_k = new_windows(x_k, old, K_S, channel, every, H * K, S, W, WIDE)
+        if S > 1:
+            tl.debug_barrier()
+            leave_windows(new_k, window, to, channel, every, H * K, WINDOW_SLOT, W, WIDE)
+        new_v = new_windows(x_v, old, V_S, channel_v, mine, 2 * H * K, S, W, WIDE)
+        if S > 1:
+            tl.debug_barrier()
+            leave_windows(new_v, window, to, channel_v, mine, 2 * H * K, WINDOW_SLOT, W, WIDE)
     scales = tl.load(weight + dim_v).to(tl.float32)
     for j in range(GROUP):
         hv = h * GROUP + j
@@ -149,6 +148,11 @@ def end_head(
             if ACTIVATION > 0:
                 x = tl.load(out_gate + b * OG_B + s * OG_S + hv * V + dim_v).to(tl.float32)
             tl.store(output + at, finish(o, x, scales, V, EPS, ACTIVATION).to(output.dtype.element_ty))
+    if W > 1 and S == 1:  # asked for above, so that one wait serves them and the outputs
+        tl.debug_barrier()
+        leave_windows(new_q, window, to, channel, every, 0, WINDOW_SLOT, W, WIDE)
+        leave_windows(new_k, window, to, channel, every, H * K, WINDOW_SLOT, W, WIDE)
+        leave_windows(new_v, window, to, channel_v, mine, 2 * H * K, WINDOW_SLOT, W, WIDE)
 
 
 @triton.jit

@@ -14,10 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_linear.kernels.triton.common import log2_decay
-from kimi_linear.kernels.triton.decode import LANES, unit
+from kimi_linear.kernels.triton.decode import LANES
 
 TILE = 2048
 """Numbers of the state in a warp: 64 a thread."""
+
+
+@triton.jit
+def unit(x):
+    """x at unit length, as ``l2_normalize`` makes it."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
 
 
 @triton.jit
