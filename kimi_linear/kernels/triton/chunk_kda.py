@@ -1,9 +1,9 @@
 """Kimi Delta Attention in parallel chunks, forward and backward: which kernels run, on which buffers, for how long.
 
-    forward     prepare, solve (all chunks at once) -> scan (chunk after chunk)
-    backward    prepare, solve, scan again     what they made is cheaper to make again than to keep
-                scan_backward                  d_u' and the gradient of every chunk's state
-                value_backward, key_backward   all chunks at once
+    forward     prepare, steep, solve (all chunks at once) -> scan (chunk after chunk)
+    backward    prepare, steep, solve, scan again     what they made is cheaper to make again than to keep
+                scan_backward                         d_u' and the gradient of every chunk's state
+                value_backward, state_backward, pair_backward, steep     all chunks at once
 
 Raw gate, l2 norm and beta go in as they are; no fp32 gate tensor is made. Exact at every gate. Between the two passes
 only the inputs and the output are kept.
@@ -20,13 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_linear.kernels.triton.common import CHUNK, stretches
-from kimi_linear.kernels.triton.configs import Config, config_of
-from kimi_linear.kernels.triton.key_backward import key_backward_kernel
+from kimi_linear.kernels.triton.configs import config_of
+from kimi_linear.kernels.triton.pair_backward import pair_backward_kernel
 from kimi_linear.kernels.triton.prepare import prepare_kernel
 from kimi_linear.kernels.triton.scan import ScanResult, scan
 from kimi_linear.kernels.triton.scan_backward import scan_backward
 from kimi_linear.kernels.triton.segments import precision_of, shape_class
 from kimi_linear.kernels.triton.solve import solve_kernel
+from kimi_linear.kernels.triton.state_backward import state_backward_kernel
+from kimi_linear.kernels.triton.steep import steep_backward_kernel, steep_kernel
 from kimi_linear.kernels.triton.value_backward import value_backward_kernel
 
 
@@ -52,8 +54,19 @@ class Problem:
     cu_seqlens: Tensor | None
 
 
+class _Tiles(NamedTuple):
+    """What prepare.py makes of all tiles; ``norms`` is for the backward."""
+
+    late: Tensor
+    early: Tensor
+    anchors: Tensor
+    totals: Tensor
+    flags: Tensor
+    norms: Tensor | None
+
+
 class Prepared(NamedTuple):
-    """What prepare.py and solve.py make of all chunks; ``inverse`` and ``norms`` [chunks, HV, 2, C] only for the backward."""
+    """What solve.py makes of all chunks, in the order of ``scan``'s arguments; ``inverse`` is for the backward."""
 
     erase: Tensor
     u: Tensor
@@ -62,7 +75,6 @@ class Prepared(NamedTuple):
     pairs_q: Tensor
     decay: Tensor
     inverse: Tensor | None
-    norms: Tensor | None
 
 
 class Gradients(NamedTuple):
@@ -90,34 +102,29 @@ class _Layout:
     precision: str
 
 
-def forward(
-    problem: Problem, *, export: Sequence[tuple[int, int]] = (), config: Config | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(problem: Problem, *, export: Sequence[tuple[int, int]] = ()) -> tuple[Tensor, Tensor, Tensor | None]:
     """(output [B, T, HV, V] in v's dtype, final_state [N, HV, V, K] fp32, exported [E, HV, V, K] fp32 or None).
 
-    ``export``: pairs of a sequence and a number of its tokens, a multiple of C, whose state is wanted. ``config`` of
-    prepare.py, instead of the table's, for benchmarks.
+    ``export``: pairs of a sequence and a number of its tokens, a multiple of C, whose state is wanted.
     """
     problem = _laid_out(problem)
     layout = _layout_of(problem)
-    prepared = _prepare(problem, layout, save=False, config=config)
+    prepared, _ = _prepare(problem, layout, save=False)
     output, result = _scan(problem, layout, prepared, save=False, export=export)
     return output, result.final_state, result.exported
 
 
-def backward(
-    problem: Problem, output: Tensor, d_output: Tensor, d_final_state: Tensor | None, *,
-    value_config: Config | None = None, key_config: Config | None = None,
-) -> Gradients:  # fmt: skip
+def backward(problem: Problem, output: Tensor, d_output: Tensor, d_final_state: Tensor | None) -> Gradients:
     """The gradients, of the output [B, T, HV, V] of ``forward`` and of its final state (None: no gradient reaches it)."""
     problem = _laid_out(problem)
     layout = _layout_of(problem)
     d_output, output = d_output.contiguous(), output.contiguous()
     d_final_state = None if d_final_state is None else d_final_state.float().contiguous()
-    prepared = _prepare(problem, layout, save=True)
+    prepared, tiles = _prepare(problem, layout, save=True)
+    tiles = tiles[2:]  # the rest is overwritten by what the scan reads
     # The output is there already; where it would go again is where dv goes next.
     dv, result = _scan(problem, layout, prepared, save=True)
-    erase, _, read, write, pairs_q, decay, inverse, norms = prepared
+    erase, _, read, write, pairs_q, decay, inverse = prepared
     states, written, operators = result.states, result.written, result.operators
     del prepared, result  # u is needed no more
     reverse = scan_backward(
@@ -125,54 +132,67 @@ def backward(
         initial=problem.initial_state is not None,
     )  # fmt: skip
     del erase, read, write, pairs_q, operators
-    d_right = reverse.d_written
+    d_right, d_states, d_initial = reverse.d_written, reverse.d_states, reverse.d_initial_state
     assert inverse is not None
-    assert norms is not None
     assert states is not None
     assert written is not None
-    d_keys, d_pairs, sums = _value_backward(
-        problem, layout, inverse, written, d_right, output, d_output, dv, value_config
-    )
-    del inverse
-    parts = (norms, states, reverse.d_states, written, d_right, d_output, d_keys, d_pairs, sums)
-    return _key_backward(problem, layout, parts, dv, reverse.d_initial_state, key_config)
+    of_pairs = _value_backward(problem, layout, inverse, written, d_right, output, d_output, dv)
+    raw = _state_backward(problem, layout, states, d_states, written, d_right, d_output)
+    return _pair_backward(problem, layout, tiles, of_pairs, raw, dv, d_initial)
 
 
-def _prepare(problem: Problem, layout: _Layout, *, save: bool, config: Config | None = None) -> Prepared:
+def _tiles(problem: Problem, layout: _Layout, *, save: bool) -> _Tiles:
+    q, k, gate, (tokens, heads, key_dim) = problem.q, problem.k, problem.gate, problem.q.shape[1:]
+    chunks, v_heads, wide = layout.chunks, problem.v.shape[2], torch.float32
+    late = torch.empty(2, chunks, v_heads, CHUNK, key_dim, dtype=q.dtype, device=q.device)
+    anchors, totals = (torch.empty(chunks, v_heads, 4, key_dim, dtype=wide, device=q.device) for _ in range(2))
+    norms = torch.empty(chunks, v_heads, 2, CHUNK, dtype=wide, device=q.device) if save else None
+    flags = torch.empty(chunks, v_heads, 4, dtype=torch.int32, device=q.device)
+    tiles = _Tiles(late, torch.empty_like(late[0]), anchors, totals, flags, norms)
+    config = config_of("kda_prepare", q, shape_class(key_dim, q.dtype))
+    if chunks:
+        prepare_kernel[(4 * chunks, v_heads)](
+            q, k, gate, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, *tiles,
+            problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens, late[0].numel(),
+            q.stride(1), k.stride(1), gate.stride(1), heads, v_heads, key_dim, layout.kind, problem.normalize,
+            problem.cu_seqlens is not None, save, layout.dot, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return tiles
+
+
+def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared, _Tiles]:
     q, k, v, gate, beta = problem.q, problem.k, problem.v, problem.gate, problem.beta
     (tokens, heads, key_dim), (v_heads, value_dim) = q.shape[1:], v.shape[2:]
-    chunks = layout.chunks
+    chunks, wide = layout.chunks, torch.float32
 
     def made(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
         return torch.empty(chunks, v_heads, *shape, dtype=dtype, device=q.device)
 
-    erase, read, write = (made(CHUNK, key_dim) for _ in range(3))
+    tiles, steep = _tiles(problem, layout, save=save), made(2, CHUNK, 16, dtype=wide)
+    late, early = tiles.late, tiles.early
     prepared = Prepared(
-        erase=erase, u=made(CHUNK, value_dim), read=read, write=write, pairs_q=made(CHUNK, CHUNK),
-        decay=made(key_dim, dtype=torch.float32), inverse=made(CHUNK, CHUNK) if save else None,
-        norms=made(2, CHUNK, dtype=torch.float32) if save else None,
+        erase=late[1], u=made(CHUNK, value_dim), read=late[0], write=early, pairs_q=made(CHUNK, CHUNK),
+        decay=made(key_dim, dtype=wide), inverse=made(CHUNK, CHUNK) if save else None,
     )  # fmt: skip
     # Entries of pairs_k are at most 2 for normalized keys, so fp16 serves: as exact as tf32, and half as wide.
-    pairs_k = made(
-        CHUNK, CHUNK, dtype=torch.float16 if problem.normalize and layout.dot == tl.bfloat16 else torch.float32
-    )
+    cells = tl.float16 if problem.normalize and layout.dot == tl.bfloat16 else tl.float32
     shape, packed = shape_class(key_dim, q.dtype), problem.cu_seqlens is not None
-    config, solving = config or config_of("kda_prepare", q, shape), config_of("kda_solve", q, shape)
+    solving, steeping = config_of("kda_solve", q, shape), config_of("kda_steep", q, shape)
     if chunks:
-        prepare_kernel[(chunks, v_heads)](
-            q, k, gate, beta, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, stretches(q.device),
-            erase, read, write, pairs_k, prepared.pairs_q, prepared.decay, prepared.norms,
-            problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens,
-            q.stride(1), k.stride(1), gate.stride(1), beta.stride(1), heads, v_heads, key_dim,
-            min(config["BN"], key_dim), min(config["BK"], key_dim), layout.kind, problem.normalize, packed, save,
-            layout.dot, layout.precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        place = (problem.cu_seqlens, layout.cu_chunks)
+        steep_kernel[(4 * chunks, v_heads)](
+            q, k, gate, problem.A_log, problem.dt_bias, *place, tiles.anchors, tiles.flags, steep,
+            problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens, q.stride(1), k.stride(1), gate.stride(1),
+            heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
+            num_warps=steeping.num_warps, num_stages=steeping.num_stages,
         )  # fmt: skip
         solve_kernel[(chunks, v_heads)](
-            v, beta, problem.cu_seqlens, layout.cu_chunks, pairs_k, erase, prepared.u, prepared.inverse, layout.sequences,
-            tokens, v.stride(1), beta.stride(1), v_heads, key_dim, value_dim, solving["BK"], solving["BV"], packed, save,
+            v, beta, *place, tiles.anchors, tiles.totals, tiles.flags, steep, late, early, prepared.pairs_q,
+            prepared.u, prepared.decay, prepared.inverse, layout.sequences, tokens, early.numel(), v.stride(1),
+            beta.stride(1), v_heads, key_dim, value_dim, solving["BP"], solving["BK"], solving["BV"], packed, save, cells,
             layout.dot, layout.precision, num_warps=solving.num_warps, num_stages=solving.num_stages,
         )  # fmt: skip
-    return prepared
+    return prepared, tiles
 
 
 def _scan(
@@ -186,14 +206,14 @@ def _scan(
 
 def _value_backward(
     problem: Problem, layout: _Layout, inverse: Tensor, written: Tensor, d_written: Tensor, output: Tensor,
-    d_output: Tensor, dv: Tensor, config: Config | None,
+    d_output: Tensor, dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d_keys, d_pairs, sums); ``dv`` is written, ``d_written`` becomes d_right."""
     v, beta, (chunks, v_heads) = problem.v, problem.beta, written.shape[:2]
     tokens, value_dim = v.shape[1], v.shape[3]
     d_keys, d_pairs = torch.empty_like(inverse), torch.empty_like(inverse)
     sums = torch.empty(chunks, v_heads, 4, CHUNK, dtype=torch.float32, device=v.device)
-    config = config or config_of("kda_value_backward", v, shape_class(problem.q.shape[3], v.dtype))
+    config = config_of("kda_value_backward", v, shape_class(problem.q.shape[3], v.dtype))
     if chunks:
         value_backward_kernel[(chunks, v_heads)](
             v, beta, problem.cu_seqlens, layout.cu_chunks, inverse, written, d_written, output, d_output, dv, d_keys,
@@ -204,38 +224,76 @@ def _value_backward(
     return d_keys, d_pairs, sums
 
 
-def _key_backward(
-    problem: Problem, layout: _Layout, parts: tuple[Tensor, ...], dv: Tensor, d_initial: Tensor | None,
-    config: Config | None,
+def _state_backward(
+    problem: Problem,
+    layout: _Layout,
+    states: Tensor,
+    d_states: Tensor,
+    written: Tensor,
+    d_right: Tensor,
+    d_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d_q, d_k, d_p where d_gate goes, d_decay): the products with the states, for ``_pair_backward``."""
+    q, gate, (batch, tokens, heads, key_dim), (v_heads, value_dim) = (
+        problem.q, problem.gate, problem.q.shape, problem.v.shape[2:],
+    )  # fmt: skip
+    chunks = layout.chunks
+    # Value heads of one key head add up, in fp32.
+    own = q.dtype if heads == v_heads else torch.float32
+    dq, dk = (torch.empty(batch, tokens, v_heads, key_dim, dtype=own, device=q.device) for _ in range(2))
+    d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
+    d_decay = torch.empty(chunks, v_heads, key_dim, dtype=torch.float32, device=q.device)
+    config = config_of("kda_state_backward", q, shape_class(key_dim, q.dtype))
+    block = min(config["BK"], key_dim)
+    if chunks:
+        state_backward_kernel[(chunks * (key_dim // block), v_heads)](
+            states, d_states, written, d_right, d_output, problem.cu_seqlens, layout.cu_chunks, dq, dk, d_gate, d_decay,
+            layout.sequences, tokens, v_heads, key_dim, value_dim, block, min(config["BV"], value_dim),
+            problem.cu_seqlens is not None, layout.dot, layout.precision,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return dq, dk, d_gate, d_decay
+
+
+def _pair_backward(
+    problem: Problem, layout: _Layout, tiles: tuple[Tensor | None, ...], of_pairs: tuple[Tensor, Tensor, Tensor],
+    raw: tuple[Tensor, Tensor, Tensor, Tensor], dv: Tensor, d_initial: Tensor | None,
 ) -> Gradients:  # fmt: skip
     q, k, gate, beta, A_log, dt_bias = (
         problem.q, problem.k, problem.gate, problem.beta, problem.A_log, problem.dt_bias,
     )  # fmt: skip
-    (batch, tokens, heads, key_dim), (v_heads, value_dim) = q.shape, problem.v.shape[2:]
-    config = config or config_of("kda_key_backward", q, shape_class(key_dim, q.dtype))
-    block = min(config["BK"], key_dim)
-    slices, device = key_dim // block, q.device
-    # Value heads of one key head add up, in fp32.
-    own = q.dtype if heads == v_heads else torch.float32
-    dq, dk = (torch.empty(batch, tokens, v_heads, key_dim, dtype=own, device=device) for _ in range(2))
-    d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=device)
+    (batch, tokens, heads, key_dim), v_heads, device = q.shape, problem.v.shape[2], q.device
+    anchors, totals, flags, norms = tiles
+    dq, dk, d_gate, d_decay = raw
+    shape, packed, lower_bound = (
+        shape_class(key_dim, q.dtype),
+        problem.cu_seqlens is not None,
+        problem.lower_bound or 0.0,
+    )
+    pair, steep = config_of("kda_pair_backward", q, shape), config_of("kda_steep_backward", q, shape)
+    block, chunks = min(pair["BK"], key_dim), layout.chunks
+    slices = key_dim // block
     d_beta = torch.empty(slices, batch, tokens, v_heads, dtype=torch.float32, device=device)
-    d_A = torch.zeros(slices, layout.chunks, v_heads, dtype=torch.float32, device=device)
-    d_bias = torch.zeros(layout.chunks, v_heads, key_dim, dtype=torch.float32, device=device)
-    if layout.chunks:
-        key_backward_kernel[(layout.chunks * slices, v_heads)](
-            q, k, gate, beta, A_log, dt_bias, problem.cu_seqlens, layout.cu_chunks, stretches(device), *parts,
-            dq, dk, d_gate, d_beta, d_A, d_bias, problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens,
-            layout.chunks, batch * tokens, 0, q.stride(1), k.stride(1), gate.stride(1), beta.stride(1), heads, v_heads,
-            key_dim, value_dim, block, min(config["BV"], value_dim), layout.kind, problem.normalize,
-            problem.cu_seqlens is not None, layout.dot, layout.precision,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+    d_A, d_bias = (torch.zeros(chunks, v_heads, key_dim, dtype=torch.float32, device=device) for _ in range(2))
+    if chunks:
+        given = (q, k, gate, beta, A_log, dt_bias, problem.cu_seqlens, layout.cu_chunks)
+        results = (dq, dk, d_gate, d_beta, d_A, d_bias)
+        strides = (q.stride(1), k.stride(1), gate.stride(1), beta.stride(1))
+        pair_backward_kernel[(chunks * slices, v_heads)](
+            *given, stretches(device), anchors, totals, norms, *of_pairs, d_decay, *results, problem.scale, lower_bound,
+            layout.sequences, tokens, batch * tokens, *strides, heads, v_heads, key_dim, block, pair["STAGES"],
+            layout.kind, problem.normalize, packed, layout.dot, layout.precision,
+            num_warps=pair.num_warps, num_stages=pair.num_stages,
+        )  # fmt: skip
+        steep_backward_kernel[(chunks, v_heads)](
+            *given, anchors, flags, norms, *of_pairs[:2], *results, lower_bound, layout.sequences, tokens, *strides, heads,
+            v_heads, key_dim, layout.kind, packed, layout.dot, num_warps=steep.num_warps, num_stages=steep.num_stages,
         )  # fmt: skip
     if heads != v_heads:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3).to(q.dtype) for x in (dq, dk))
     return Gradients(
         dq, dk, dv, d_gate, d_beta.sum(0).to(beta.dtype),
-        None if A_log is None else d_A.sum((0, 1)).view(A_log.shape).to(A_log.dtype),
+        None if A_log is None else d_A.sum((0, 2)).view(A_log.shape).to(A_log.dtype),
         None if dt_bias is None else d_bias.sum(0).view(dt_bias.shape).to(dt_bias.dtype),
         d_initial,
     )  # fmt: skip

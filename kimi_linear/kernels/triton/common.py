@@ -15,29 +15,21 @@ import triton.language as tl
 
 CHUNK = 64
 """C, tokens per chunk, in four tiles of 16."""
-LEVELS = 6
-"""Halvings of a chunk: blocks of 1, 2, ... 32 tokens, a later one reading the earlier one beside it."""
 LOG2E = tl.constexpr(1.4426950408889634)
-MAX_RANGE = tl.constexpr(100.0)  # 2^100 times a product of rows stays far from fp32's 2^127
-TILE = tl.constexpr(6)  # rows of ``stretches``, after the levels: from the start of a tile of 16 through the token
-INTO = tl.constexpr(7)  # from the chunk's start through the token
-ONWARD = tl.constexpr(8)  # after the token to the chunk's end
+MAX_RANGE = tl.constexpr(120.0)  # 2^120 times a product of normalized rows stays finite in fp32 and bf16
+DEEPEST = tl.constexpr(110.0)  # of an anchor: 2^-110 times what is above 2^-16 is no denormal yet
+STEEP = tl.constexpr(1.0)  # in place of an anchor, which is never above 0
+TILE = tl.constexpr(0)  # of ``stretches``: from the start of a tile of 16 through the token
+REST = tl.constexpr(1)  # after the token to its tile's end
+INTO = tl.constexpr(2)  # from the chunk's start through the token
 
 
 @cache
 def stretches(device: torch.device) -> torch.Tensor:
-    """[9, C, C] bf16 of 0 and 1; row r of each marks the tokens whose log-decays are summed for token r.
-
-    0 to 5: at level n, in blocks of 2^n, a token of a later half counts from its half's start through itself, one of the
-    earlier half beside it from after itself to the half's end. Then TILE, INTO and ONWARD.
-    """
+    """[3, C, C] bf16 of 0 and 1: row r of each marks the tokens whose log-decays are summed for token r."""
     r, c = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
-    made = []
-    for level in range(LEVELS):
-        later = ((r >> level) & 1) == 1
-        made.append(((r >> level) == (c >> level)) & ((later & (c <= r)) | (~later & (c > r))))
-    made += [(r // 16 == c // 16) & (c <= r), c <= r, c > r]
-    return torch.stack(made).to(device=device, dtype=torch.bfloat16)
+    tile = r // 16 == c // 16
+    return torch.stack([tile & (c <= r), tile & (c > r), c <= r]).to(device=device, dtype=torch.bfloat16)
 
 
 @triton.jit
@@ -108,12 +100,15 @@ def log2_decay(x, A_log, dt_bias, lower_bound, GATE: tl.constexpr):
 
 
 @triton.jit
-def held(x, DOT: tl.constexpr):
-    """x as it is, but opaque to the compiler, which otherwise moves what is computed from it out of the loop that it is used
-    in, as fp32 and for good: for a [64, 64] tile 32 registers a thread in place of 16."""
-    if DOT == tl.float32:
-        return x
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2)
+def gate_gradient(x, g, dg, amount, lower_bound, GATE: tl.constexpr, DOT: tl.constexpr):
+    """(gradient with respect to the gate's argument x, with respect to A_log, unsummed); g is the log2-decay of x."""
+    if GATE == 0:
+        return dg, dg
+    if GATE == 1:
+        return dg * -amount / (1.0 + power2(-x * LOG2E, DOT)), dg * g / LOG2E
+    decay = g / LOG2E
+    inner = dg * decay * (1.0 - decay / lower_bound)
+    return inner * amount, inner * amount * x
 
 
 @triton.jit
@@ -121,7 +116,7 @@ def split(g, DOT: tl.constexpr):
     """g as two bf16 terms, which keep 16 bits of every log-decay; as it is for fp32 inputs."""
     if DOT == tl.float32:
         return g, g
-    else:  # said, because without it the types of both returns must agree
+    else:  # noqa: RET505  (said, because without it Triton wants the types of both returns to agree)
         high = g.to(tl.bfloat16)
         return high, (g - high.to(tl.float32)).to(tl.bfloat16)
 
@@ -131,18 +126,5 @@ def stretch_sum(selection, high, low, DOT: tl.constexpr):
     """``selection @ g`` for a matrix of ``stretches`` (or its transpose) and a ``split`` g."""
     if DOT == tl.float32:
         return tl.dot(selection.to(tl.float32), high, input_precision="ieee")
-    else:
+    else:  # noqa: RET505
         return tl.dot(selection, low, tl.dot(selection, high))
-
-
-@triton.jit
-def tile_sums(high, low, BK: tl.constexpr, DOT: tl.constexpr):
-    """(sum [BK] of a ``split`` g over the chunk, least sum of any channel over a tile of 16).
-
-    Of the two terms, not of g, so that the first cancels against a ``stretch_sum`` from the chunk's start.
-    """
-    g = high.to(tl.float32)
-    if DOT != tl.float32:
-        g += low.to(tl.float32)
-    tiles = tl.sum(tl.reshape(g, [4, 16, BK]), 1)
-    return tl.sum(tiles, 0), tl.min(tiles)
