@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 
 
 def train(lanes: list[Lane]) -> list[list[Point]]:
-    while run_lanes(lanes):
+    # run_lanes moves none where all have enough work ahead, too.
+    while any(lane.step < lane.config.steps and not lane.curve.ended(lane.config) for lane in lanes):
+        run_lanes(lanes)
         for lane in lanes:
             lane.poll()
     for lane in lanes:
