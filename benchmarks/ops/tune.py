@@ -26,7 +26,7 @@ from kimi_linear.kernels.triton.configs import TABLE, Config, device_arch, looku
 from kimi_linear.testing.timers import compare
 from kimi_linear.testing.tolerances import relative_error, rounding_band
 
-FAMILIES = ("benchmarks.ops.tune_pointwise",)
+FAMILIES = ("benchmarks.ops.tune_pointwise", "benchmarks.ops.tune_kda")
 WORTH = 0.02
 """The present entry stays unless another is faster by this share: clocks drift."""
 

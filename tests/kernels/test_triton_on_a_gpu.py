@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -164,6 +166,76 @@ def test_gradients_of_the_past_do_not_depend_on_later_gates() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_gradients_of_a_first_gate_cancel_to_nothing() -> None:
+    """Without a state, the first token's decay acts on nothing: what is left of its gradient are pairs that must cancel.
+
+    They do where both sides of a pair multiply the same rounded numbers: rounding every factor on its own leaves a hundredth.
+    """
+    inputs = kda_inputs(2, 256, 2, key_dim=128, normalized=False, dtype=torch.bfloat16, device="cuda")
+    gate = inputs.log_decay.detach().requires_grad_()
+    output = chunk_kda(inputs.q, inputs.k, inputs.v, gate, inputs.beta, normalize_qk=True, impl="triton").output
+    (found,) = torch.autograd.grad(output, gate, torch.randn_like(output))
+    size = found.square().mean().sqrt()
+    assert size > 0
+    assert found[:, 0].square().mean().sqrt() < 1e-3 * size
+
+
+def test_gradients_of_the_gate_over_many_tokens() -> None:
+    """At the fast gate, where terms cancel most; A_log's gradient sums them over tokens and channels."""
+    inputs = kda_inputs(
+        1, 4096, 4, key_dim=128, gate="fast", raw=True, normalized=False, dtype=torch.bfloat16, device="cuda"
+    )
+    d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)
+    exact = gradients(inputs.to(torch.float64), d_output.double(), None, "torch")
+    found = gradients(inputs, d_output, None, "triton")
+    names = ("q", "k", "v", "beta", "gate", "A_log", "dt_bias")
+    for name, a, b in zip(names, found, exact, strict=False):
+        assert relative_error(a, b) < GRADIENT_LIMIT, name
+
+
+STEEP = {  # tokens; first and last of the run; log2-decays a step of the first channels
+    "one tile": (192, 96, 112, (-40.0, -140.0)),
+    "partial last tile": (101, 96, 101, (-100.0, -130.0)),
+    "first token of a tile": (64, 16, 17, (-130.0, -400.0)),
+    "about the range": (64, 16, 32, (-7.499, -7.501, -14.999, -15.001)),
+}
+
+
+@pytest.mark.parametrize("where", STEEP)
+def test_channels_that_one_anchor_does_not_serve(where: str) -> None:
+    tokens, first, last, steps = STEEP[where]
+    inputs = kda_inputs(1, tokens, 2, key_dim=128, normalized=False, dtype=torch.bfloat16, device="cuda")
+    for channel, step in enumerate(steps):
+        inputs.log_decay[:, first:last, :, channel::8] = step * math.log(2)
+    wide = inputs.to(torch.float64)
+    result, exact = call(inputs), call(wide, impl="torch")
+    assert relative_error(result.output, exact.output) < LIMIT
+    assert relative_error(result.final_state, exact.final_state) < LIMIT
+    d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)
+    d_state = torch.randn(inputs.initial_state.shape, device="cuda")
+    found = gradients(inputs, d_output, d_state, "triton")
+    for a, b in zip(found, gradients(wide, d_output.double(), d_state.double(), "torch"), strict=True):
+        assert relative_error(a, b) < GRADIENT_LIMIT
+
+
+@pytest.mark.parametrize("cut", [5, 37])
+def test_a_prefix_inside_a_tile_feels_later_gates_only_in_its_rounding(cut: int) -> None:
+    """Later gates move the anchors of their own tile, and what is anchored there is rounded otherwise; no more than that."""
+    inputs = kda_inputs(1, 64, 2, key_dim=128, gate="fast", normalized=False, dtype=torch.bfloat16, device="cuda")
+    d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)
+    d_output[:, cut:] = 0
+    runs = []
+    for later in (-1e-3, -10.0, -99.0):
+        gate = torch.cat([inputs.log_decay[:, :cut], torch.full_like(inputs.log_decay[:, cut:], later)], dim=1)
+        leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, gate, inputs.beta)]
+        output = chunk_kda(*leaves, normalize_qk=True, impl="triton").output
+        runs.append([x[:, :cut] for x in (output, *torch.autograd.grad(output, leaves, d_output))])
+    for output, *of_inputs in runs[1:]:
+        assert relative_error(output, runs[0][0]) < LIMIT
+        for a, b in zip(of_inputs, runs[0][1:], strict=True):
+            assert relative_error(a, b) < GRADIENT_LIMIT
+
+
 def test_gradients_past_two_to_the_31() -> None:
     """The last tokens of 600K get the gradients of their segment alone."""
     tokens, tail = 600 * 1024, 512
@@ -183,6 +255,7 @@ def test_gradients_past_two_to_the_31() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.unchecked_shapes
 def test_compiles_into_one_graph_and_records_into_a_cuda_graph() -> None:
     inputs = kda_inputs(2, 128, 2, key_dim=128, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda")
     d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)

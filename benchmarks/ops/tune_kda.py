@@ -1,0 +1,139 @@
+"""Candidates for the kernels of chunked KDA; see ``benchmarks/ops/tune.py``.
+
+A candidate is judged by a whole call that uses it, forward and backward: output, final state and every gradient must be those
+of the present entry. It is timed alone: the launch that the call made is made again, on the same tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.ops._problem import Problem, Run
+from benchmarks.ops.shapes import CHUNK
+from kimi_linear.kernels.triton.configs import Config, config_of
+from kimi_linear.kernels.triton.segments import shape_class
+from kimi_linear.testing.factories import GateKind, kda_inputs
+
+TOKENS = 8192
+WIDTH = 4096
+"""H * K: 32 heads of 128."""
+GATES: tuple[GateKind, ...] = ("fast",)
+"""What is timed: many channels of it are anchored, and few tiles are steep."""
+
+
+def problems() -> list[Problem]:
+    """Every entry that is served on a GPU: bf16, K up to 128."""
+    return [
+        Problem(
+            kernel=kernel, shape_class=shape_class(dim, torch.bfloat16),
+            about=f"T={TOKENS} H={WIDTH // dim} K=V={dim}, bf16, {gate} gate",
+            moved=int(bytes_of(dim) * TOKENS * WIDTH // dim), candidates=tuple(candidates),
+            build=partial(_build, kernel, dim, gate),
+        )
+        for kernel, (candidates, bytes_of) in KERNELS.items()
+        for dim in (32, 64, 128)
+        for gate in GATES
+    ]  # fmt: skip
+
+
+def _grid(*, num_warps: tuple[int, ...] = (4,), num_stages: tuple[int, ...] = (1,), **constants: int) -> list[Config]:
+    return [
+        Config(constants=constants, num_warps=warps, num_stages=stages)
+        for warps, stages in itertools.product(num_warps, num_stages)
+    ]
+
+
+# Names in the table; candidates; bytes per token and head that must move, from K = V.
+# Of steep.py that is its flags, as nearly every program of it ends there.
+# Never 8 warps where a product has 32 columns: illegal memory accesses on sm_90 (Triton 3.6.0; docs/LOG.md).
+KERNELS: dict[str, tuple[list[Config], Callable[[int], float]]] = {
+    "kda_prepare": (_grid(num_warps=(1, 2, 4, 8)), lambda d: 12 * d + 2 * 4 * 4 * d / CHUNK),
+    "kda_steep": (_grid(num_warps=(1, 2, 4)), lambda d: 4 * 4 / CHUNK),
+    "kda_solve": (
+        [
+            config
+            for BP, (BK, BV) in itertools.product((32, 64, 128), ((64, 64), (128, 128)))
+            for config in _grid(BP=BP, BK=BK, BV=BV, num_warps=(4,), num_stages=(1, 2))
+        ]
+        + _grid(BP=128, BK=64, BV=64, num_warps=(8,)),
+        lambda d: 16 * d + 4 * CHUNK,
+    ),
+    "kda_state_backward": (
+        [
+            config
+            for BK, BV in ((32, 64), (32, 128), (64, 64), (64, 128), (128, 64))
+            for config in _grid(BK=BK, BV=BV, num_stages=(1, 2, 3))
+        ],
+        lambda d: 12 * d + 4 * d * d / CHUNK,
+    ),
+    "kda_value_backward": (
+        [config for BV in (32, 64, 128) for config in _grid(BV=BV, num_stages=(1, 2))],
+        lambda d: 14 * d + 6 * CHUNK,
+    ),
+    "kda_pair_backward": (
+        [config for BK in (16, 32, 64) for config in _grid(BK=BK, STAGES=1)] + _grid(BK=32, STAGES=2),
+        lambda d: 18 * d + 4 * CHUNK,
+    ),
+    "kda_steep_backward": (_grid(num_warps=(2, 4, 8)), lambda d: 4 * 4 / CHUNK),
+}
+
+
+class _Recorder:
+    """In place of a kernel: launches it, and keeps the last launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.again: Callable[[], object] | None = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        def launch(*arguments: object, **options: object) -> object:
+            self.again = partial(self.kernel[grid], *arguments, **options)
+            return self.again()
+
+        return launch
+
+
+def _build(kernel: str, dim: int, gate: GateKind, device: str) -> Run:
+    from kimi_linear.kernels.triton import chunk_kda
+
+    inputs = kda_inputs(
+        1, TOKENS, WIDTH // dim, key_dim=dim, gate=gate, raw=True, normalized=False, dtype=torch.bfloat16, device=device,
+        drawn_on=device,
+    )  # fmt: skip
+    parts = inputs.gate
+    assert not isinstance(parts, torch.Tensor)
+    problem = chunk_kda.Problem(
+        q=inputs.q, k=inputs.k, v=inputs.v, gate=parts.x, beta=inputs.beta, A_log=parts.A_log, dt_bias=parts.dt_bias,
+        lower_bound=None, scale=dim**-0.5, normalize=True, initial_state=inputs.initial_state, cu_seqlens=None,
+    )  # fmt: skip
+    d_output, d_state = torch.randn_like(inputs.v), torch.randn_like(inputs.initial_state)
+    symbol = f"{kernel.removeprefix('kda_')}_kernel"
+    known: dict[str, tuple[Callable[[], object], tuple[torch.Tensor, ...]]] = {}
+
+    def run(config: Config) -> tuple[torch.Tensor, ...]:
+        """The results of a whole call; from the second time on the launch alone, and the first results."""
+        if str(config) in known:
+            launch, results = known[str(config)]
+            launch()
+            return results
+        recorder = _Recorder(getattr(chunk_kda, symbol))
+
+        def chosen(name: str, x: torch.Tensor, shape: str) -> Config:
+            return config if name == kernel else config_of(name, x, shape)
+
+        with patch.object(chunk_kda, symbol, recorder), patch.object(chunk_kda, "config_of", chosen):
+            output, state, _ = chunk_kda.forward(problem)
+            gradients = chunk_kda.backward(problem, output, d_output, d_state)
+        assert recorder.again is not None, f"{symbol} is launched by neither pass"
+        # Copies, for a launch that is made again may write to what it wrote before.
+        results = tuple(x.clone() for x in (output, state, *gradients) if x is not None)
+        known[str(config)] = (recorder.again, results)
+        return results
+
+    return run

@@ -1,0 +1,44 @@
+"""The tuner's candidates for chunked KDA: entries of the table, launched as asked, and timed alone. Nothing runs: they are compiled."""
+
+from __future__ import annotations
+
+import pytest
+
+from kimi_linear.kernels.triton.configs import Config, table
+from tests.kernels.launches import compiled_for
+
+pytest.importorskip("triton", reason="needs triton; pip install -c constraints.txt triton")
+tune_kda = pytest.importorskip("benchmarks.ops.tune_kda", reason="benchmarks are not installed with the package")
+
+CHUNK_KERNELS = (
+    "prepare", "steep", "solve", "value_backward", "state_backward", "pair_backward", "steep_backward",
+)  # fmt: skip
+
+
+def test_candidates_are_entries_of_the_table() -> None:
+    problems = tune_kda.problems()
+    assert {p.kernel for p in problems} == {f"kda_{name}" for name in CHUNK_KERNELS}
+    for problem in problems:
+        for classes in table()[problem.kernel].values():
+            present = classes[problem.shape_class]
+            assert all(set(c.constants) == set(present.constants) for c in problem.candidates), problem.kernel
+        assert len({str(c) for c in problem.candidates}) == len(problem.candidates), problem.kernel
+
+
+@pytest.mark.unpoisoned
+def test_a_candidate_is_judged_by_a_whole_call_and_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_kda, "TOKENS", 64)
+    monkeypatch.setattr(tune_kda, "WIDTH", 32)
+    problem = next(p for p in tune_kda.problems() if (p.kernel, p.shape_class) == ("kda_prepare", "K=32 16 bit"))
+    run = problem.build("cpu")
+    wide = Config(num_warps=8)
+    with compiled_for(90) as launches:
+        results = run(wide)
+    whole = [launch.kernel for launch in launches]
+    assert {f"{name}_kernel" for name in CHUNK_KERNELS} <= set(whole)
+    assert len(results) == 10  # output and state, and the gradients of all eight inputs
+    with compiled_for(90) as launches:
+        again = run(wide)
+    assert [launch.kernel for launch in launches] == ["prepare_kernel"]
+    assert ".reqntid 256" in launches[0].ptx
+    assert all(a is b for a, b in zip(again, results, strict=True))
