@@ -5,6 +5,8 @@ one line per case: its kind and name, what prepare.py made of it (tiles times ch
 the largest relative error of output, state and gradients; for a prefix, the largest difference between later gates.
 """
 
+import math
+
 import torch
 from interpreted import problem_of
 
@@ -50,11 +52,11 @@ def case(name: str, inputs: KDAInputs) -> None:
     print("case", name, int(anchored.sum()), int(steep.sum()), max(float(relative_error(a, b)) for a, b in pairs))
 
 
-def planted(tokens: int, first: int, last: int, steps: list[float]) -> KDAInputs:
-    """Channels 0, 1, ... forget 2^steps at each token from first up to last."""
+def planted(tokens: int, strong: range, steps: list[float]) -> KDAInputs:
+    """Channels 0, 1, ... forget 2^steps at each strong token; the quiet ones between make pairs that matter."""
     inputs = inputs_of(tokens)
     for channel, exponent in enumerate(steps):
-        inputs.log_decay[:, first:last, :, channel] = log_decay(exponent)
+        inputs.log_decay[:, strong, :, channel] = exponent * math.log(2)
     return inputs
 
 
@@ -90,9 +92,9 @@ def prefix(name: str, cut: int, tokens: int = 48) -> None:
 
 
 if __name__ == "__main__":
-    case("one-tile", planted(64, 32, 48, [-40.0, -40.0, -140.0]))
-    case("partial-last-tile", planted(37, 32, 37, [-100.0, -130.0]))
-    case("first-token-of-a-tile", planted(64, 16, 17, [-130.0, -400.0]))
+    case("one-tile", planted(64, range(35, 48, 4), [-80.0, -100.0, -140.0]))
+    case("partial-last-tile", planted(37, range(33, 37, 2), [-130.0, -240.0]))
+    case("first-token-of-a-tile", planted(64, range(16, 17), [-130.0, -400.0]))
     # Exactly what one anchor at the start serves; exactly as deep as an anchor lies, and as far as it serves from there.
     case("exactly-the-range", runs((5, -24.0)))
     case("exactly-the-deepest", runs((5, -22.0), (5, -24.0)))
