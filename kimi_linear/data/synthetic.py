@@ -52,16 +52,18 @@ class Palindrome:
     """Symbols before the separator."""
     vocab: int = 64
     """Different symbols."""
+    distinct: bool = False
+    """Whether no symbol appears twice in a sequence, as in the paper's example: then the symbol before the last one read tells what to say."""
 
     name = "palindrome"
 
     def __post_init__(self) -> None:
-        _at_least(self, length=2, vocab=2)
+        _at_least(self, length=2, vocab=max(2, self.length * self.distinct))
 
     @staticmethod
-    def for_length(tokens: int, *, vocab: int = 64) -> Palindrome:
+    def for_length(tokens: int, *, vocab: int = 64, distinct: bool = False) -> Palindrome:
         """The largest task of at most ``tokens`` tokens."""
-        return Palindrome(length=(tokens - 1) // 2, vocab=vocab)
+        return Palindrome(length=(tokens - 1) // 2, vocab=vocab, distinct=distinct)
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +82,11 @@ class Palindrome:
 
     def batch(self, generator: torch.Generator, batch_size: int) -> Batch:
         """``batch_size`` fresh sequences on the generator's device."""
-        symbols = _randint(self.vocab, (batch_size, self.length), generator)
+        if self.distinct:
+            order = torch.rand(batch_size, self.vocab, generator=generator, device=generator.device).argsort(1)
+            symbols = order[:, : self.length]
+        else:
+            symbols = _randint(self.vocab, (batch_size, self.length), generator)
         separator = torch.full_like(symbols[:, :1], self.vocab)
         tokens = torch.cat([symbols, separator, symbols.flip(1)], 1)
         targets = torch.full_like(tokens, IGNORE)

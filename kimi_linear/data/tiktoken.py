@@ -89,8 +89,7 @@ class TiktokenTokenizer:
             import tiktoken
         except ImportError as error:
             raise ImportError(
-                f"{path}: needs the tiktoken library, which is not installed; "
-                "install it with: pip install tiktoken"
+                f"{path}: needs the tiktoken library, which is not installed; install it with: pip install tiktoken"
             ) from error
         companions = Companions.read(folder)
         ranks = _ranks(companions.blob(RANKS_FILE), path)

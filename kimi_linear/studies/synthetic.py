@@ -78,7 +78,11 @@ class SyntheticConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     symbols: int = 64
-    """Different symbols of the palindrome, and elements of the stacks."""
+    """Elements of the stacks."""
+    palindrome_symbols: int = 1024
+    """Different symbols of the palindrome, the same at every length."""
+    palindrome_distinct: bool = True
+    """Whether no symbol of a palindrome appears twice, as in the paper's example."""
     mqar_symbols: int = 2048
     """Symbols of the recall task, half of them keys; the same at every length."""
     mqar_queries: int | None = None
@@ -217,7 +221,7 @@ def task_of(config: SyntheticConfig, cell: Cell) -> Palindrome | MQAR | Stack:
     from kimi_linear.data import MQAR, Palindrome, Stack
 
     if cell.task == "palindrome":
-        return Palindrome.for_length(cell.length, vocab=config.symbols)
+        return Palindrome.for_length(cell.length, vocab=config.palindrome_symbols, distinct=config.palindrome_distinct)
     if cell.task == "mqar":
         return MQAR.for_length(cell.length, vocab=config.mqar_symbols, queries=config.mqar_queries)
     return Stack.for_length(cell.length, num_stacks=config.stacks, vocab=config.symbols)

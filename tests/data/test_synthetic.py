@@ -73,6 +73,16 @@ def test_everything_is_drawn_uniformly():
         assert (counts - expected).abs().max() < 6 * expected.sqrt()
 
 
+def test_a_palindrome_of_distinct_symbols_repeats_none() -> None:
+    task = Palindrome(length=20, vocab=24, distinct=True)
+    tokens = task.batch(torch.Generator().manual_seed(0), 50).tokens
+    assert all(len(set(row)) == 20 for row in tokens[:, :20].tolist())
+    assert len(set(tokens[:, 0].tolist())) > 10
+    assert torch.equal(tokens[:, :20].flip(1), tokens[:, 21:])
+    with pytest.raises(ValueError, match="vocab: expected at least 20, got 19"):
+        Palindrome(length=20, vocab=19, distinct=True)
+
+
 @pytest.mark.parametrize("task", [Palindrome(), MQAR(), Stack()], ids=lambda t: t.name)
 def test_a_generator_repeats_and_moves_on(task):
     generator = torch.Generator().manual_seed(4)

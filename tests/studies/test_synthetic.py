@@ -14,7 +14,7 @@ from kimi_linear.studies.synthetic_training import Lane, Point, load_lane, run_l
 
 SMALL = SyntheticConfig(
     tasks="mqar", mixers="kda,mamba2", lengths="16,32", curve_length=32, lrs="1e-2,1e-3", seeds=2, steps=12, point_every=4,
-    batch_size=4, width=16, heads=1, head_dim=16, feed_forward=16, mqar_symbols=32, symbols=8, stacks=2, warmup=2,
+    batch_size=4, width=16, heads=1, head_dim=16, feed_forward=16, mqar_symbols=32, symbols=8, palindrome_symbols=8, palindrome_distinct=False, stacks=2, warmup=2,
     precision="fp32", device="cpu",
 )  # fmt: skip
 CELL = Cell(task="mqar", length=32, mixer="kda", lr=1e-2, seed=0)
