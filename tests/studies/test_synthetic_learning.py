@@ -51,7 +51,7 @@ class Toy:
 TOYS = [
     Toy(Stack(num_stacks=4, operations=32, vocab=16, pop_probability=1.0), 1, 8, 0.05, -3.0, 90, 1, 0.99, 0.75),
     Toy(MQAR(num_pairs=8, num_queries=8, vocab=64), 1, 12, 0.05, 0.0, 280, 2, 0.75, 0.3),
-    Toy(Palindrome(length=8, vocab=8), 2, 12, 0.1, -3.0, 140, 1, 0.75, 0.6),
+    Toy(Palindrome(length=8, vocab=8, distinct=True), 2, 6, 0.1, -3.0, 200, 0, 0.9, 0.7),
 ]
 
 
