@@ -1,6 +1,6 @@
 """The part of the chunks' backward that lives in the value dim: one program per chunk and value head.
 
-With u' what the chunk wrote, d_u' its gradient from the reverse scan, A and L = Diag(beta) M as in prepare.py:
+With u' what the chunk wrote, d_u' its gradient from the reverse scan, A and L = Diag(beta) M as in solve.py:
 
     d_right = A^T d_u'      the gradient with respect to beta (v - k 2^P S^T), what the inverse is applied to
     d_v = beta d_right      d_L = -lower(d_right u'^T)      d_N = lower(d_o u'^T)
