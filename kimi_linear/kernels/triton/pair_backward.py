@@ -14,7 +14,8 @@ cancel in that sum, so z is made of the very numbers that the products multiplie
 
 Then through the l2 norm, whose q . d_q and k . d_k are known from value_backward.py before any channel is computed, and
 through the gate. Grid (chunks * K / BK, HV), slices of one chunk together. dq, dk [B, T, HV, K], d_gate as the gate, read
-and overwritten; d_beta [K / BK, B, T, HV], d_A and d_bias [chunks, HV, K] are partial sums in fp32, added up in a fixed order by the caller; chunks that do not exist are left as they are. Pairs inside steep tiles: steep.py.
+and overwritten; d_beta [K / BK, B, T, HV], d_A and d_bias [chunks, HV, K] are partial sums in fp32,
+added up in a fixed order by the caller; chunks that do not exist are left as they are. Pairs inside steep tiles: steep.py.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
 
 p is the running log2-decay from the tile's start, a the anchor of each channel: 0, so that what a token holds depends on the
 tokens before it alone, while the channel forgets at most 2^-MAX_RANGE in the tile; where it forgets more, p at the last token
-that is not below -DEEPEST. A channel that forgets more than 2^-MAX_RANGE from there on too is steep: there a = 0 and early = k 2^(total - p),
-faded to the tile's end, ``anchors`` holds STEEP, and the pairs inside the tile are left to steep.py.
+that is not below -DEEPEST. A channel that forgets more than 2^-MAX_RANGE from there on too is steep: there a = 0 and
+early = k 2^(total - p), faded to the tile's end, ``anchors`` holds STEEP, and the pairs inside the tile are left to steep.py.
 
 No product: everything stays in the layout of the loads, with few registers, and many programs hide the memory's latency.
 Grid (4 * chunks, HV). Outputs lie chunk by chunk: late [2, chunks, HV, C, K] (q times scale, then k), early [chunks, HV, C, K],
-anchors, totals [2, chunks, HV, 4, K] fp32, flags [chunks, HV, 4] int32, 1 where a tile has steep channels; with SAVE also norms
+anchors, totals [chunks, HV, 4, K] fp32, flags [chunks, HV, 4] int32, 1 where a tile has steep channels; with SAVE also norms
 [chunks, HV, 2, C] fp32, what the rows of k and of q were scaled by.
 """
 
