@@ -61,9 +61,10 @@ class Palindrome:
         _at_least(self, length=2, vocab=max(2, self.length * self.distinct))
 
     @staticmethod
-    def for_length(tokens: int, *, vocab: int = 64, distinct: bool = False) -> Palindrome:
-        """The largest task of at most ``tokens`` tokens."""
-        return Palindrome(length=(tokens - 1) // 2, vocab=vocab, distinct=distinct)
+    def for_length(tokens: int, *, vocab: int | None = 64, distinct: bool = False) -> Palindrome:
+        """The largest task of at most ``tokens`` tokens; with as many symbols as there are places where None are given."""
+        length = (tokens - 1) // 2
+        return Palindrome(length=length, vocab=length if vocab is None else vocab, distinct=distinct)
 
     @property
     def vocab_size(self) -> int:
@@ -107,27 +108,37 @@ class MQAR:
     num_pairs: int = 64
     """Key-value pairs, all keys different."""
     num_queries: int = 64
-    """Keys asked for, each at most once."""
+    """Keys asked for. None is asked for again before all have been; where there are more queries than pairs, again they are."""
     vocab: int = 512
-    """Symbols: keys are the first half, values the second."""
+    """Symbols: keys are the first, values the others."""
+    num_values: int | None = None
+    """Values among the symbols; half of them where None."""
 
     name = "mqar"
 
     def __post_init__(self) -> None:
         _at_least(self, num_pairs=1, num_queries=1, vocab=2)
-        if self.num_pairs > self.vocab // 2:
+        if not 1 <= self.values < self.vocab:
+            raise ValueError(f"num_values: expected 1 to {self.vocab - 1} of vocab == {self.vocab}, got {self.values}")
+        if self.num_pairs > self.vocab - self.values:
             raise ValueError(
-                f"num_pairs: expected at most the {self.vocab // 2} different keys of vocab == {self.vocab}, got "
-                f"{self.num_pairs}; raise vocab to {2 * self.num_pairs}"
+                f"num_pairs: expected at most the {self.vocab - self.values} different keys of vocab == {self.vocab}, got "
+                f"{self.num_pairs}; raise vocab to {self.num_pairs + (self.num_values or self.num_pairs)}"
             )
-        if self.num_queries > self.num_pairs:
-            raise ValueError(f"num_queries: expected at most num_pairs == {self.num_pairs}, got {self.num_queries}")
 
     @staticmethod
-    def for_length(tokens: int, *, vocab: int = 512, queries: int | None = None) -> MQAR:
-        """The largest task of at most ``tokens`` tokens with that many queries; one for every pair where None."""
-        pairs = (tokens - 1) // 3 if queries is None else (tokens - 1 - queries) // 2
-        return MQAR(num_pairs=pairs, num_queries=pairs if queries is None else queries, vocab=max(vocab, 2 * pairs))
+    def for_length(tokens: int, *, vocab: int | None = None, asked: int = 1) -> MQAR:
+        """The largest task of at most ``tokens`` tokens in which each key is asked for ``asked`` times.
+
+        Half of ``vocab`` are keys; there are as many as pairs where it is None.
+        """
+        pairs = (tokens - 1) // (2 + asked)
+        return MQAR(num_pairs=pairs, num_queries=asked * pairs, vocab=2 * pairs if vocab is None else vocab)
+
+    @property
+    def values(self) -> int:
+        """Different values."""
+        return self.vocab - self.vocab // 2 if self.num_values is None else self.num_values
 
     @property
     def vocab_size(self) -> int:
@@ -146,10 +157,11 @@ class MQAR:
 
     def batch(self, generator: torch.Generator, batch_size: int) -> Batch:
         """``batch_size`` fresh sequences on the generator's device."""
-        num_keys = self.vocab // 2
+        num_keys = self.vocab - self.values
         keys = _distinct(num_keys, self.num_pairs, batch_size, generator)
-        values = num_keys + _randint(self.vocab - num_keys, keys.shape, generator)
-        asked = _distinct(self.num_pairs, self.num_queries, batch_size, generator)
+        values = num_keys + _randint(self.values, keys.shape, generator)
+        rounds = [min(self.num_pairs, self.num_queries - i) for i in range(0, self.num_queries, self.num_pairs)]
+        asked = torch.cat([_distinct(self.num_pairs, count, batch_size, generator) for count in rounds], 1)
         pairs = torch.stack([keys, values], 2).flatten(1)
         separator = torch.full_like(keys[:, :1], self.vocab)
         tokens = torch.cat([pairs, separator, keys.gather(1, asked)], 1)

@@ -1,30 +1,31 @@
 """The paper's synthetic tasks at its size: palindrome, recall and stacks by every mixer (arXiv 2510.26692, Figure 4).
 
 A cell is one training: a task at a length, a mixer, a learning rate, a seed. This file says which cells there are, in which
-order they are worth running, and what their results mean; ``synthetic_training`` trains many at once, ``synthetic_figure`` draws.
+order they are worth running, and what their results mean; ``synthetic_board`` trains them, ``synthetic_figure`` draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kimi_linear.config import LinearConfig, Mixer, MLAConfig, ModelConfig
-from kimi_linear.studies.cells import read_cell, write_cell
+from kimi_linear.studies.cells import read_cell
 from kimi_linear.studies.study import Progress, Report, Study
 
 if TYPE_CHECKING:
-    import torch
-
     from kimi_linear.data import MQAR, Palindrome, Stack
-    from kimi_linear.studies.synthetic_training import Lane, LaneConfig
+    from kimi_linear.studies.synthetic_training import LaneConfig
 
 TASKS = ("palindrome", "mqar", "stack")
+
+
+VOCAB_TILE = 64
+"""Rows of embedding and output projection are a multiple of this: products with an odd number of columns run at half speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,17 @@ class SyntheticConfig:
     """Trainings at ``curve_length`` with the best learning rate; elsewhere there is one."""
     curve_length: int = 1024
     """Length at which accuracy against steps is compared: every learning rate is trained to its end there."""
-    sweep: Literal["until-solved", "full"] = "until-solved"
-    """At other lengths: leave out learning rates that are not begun once one has solved the task, or train them all."""
+    sweep: Literal["best", "until-solved", "full"] = "best"
+    """At other lengths: train with the learning rate that was best at ``curve_length``, or with one after the other until
+    one has solved the task, or with all of them. Unless "full", a cell ends where another rate was sooner at 100 %."""
     steps: int = 20000
     """Most training steps of a cell."""
     until: float = 0.9995
     """Share of sequences all right in a point of the curve that counts as solved: 100.0 % in the paper's digits."""
     patience: int = 4
     """Solved points in a row that end a cell."""
+    flat: int = 10000
+    """A cell without a sequence right whose loss has not fallen by one per cent in so many steps ends, too."""
     point_every: int = 250
     """Steps per point of the curve; each is the mean over the fresh sequences of these steps."""
     batch_size: int = 16
@@ -79,14 +83,14 @@ class SyntheticConfig:
     """Largest norm of the gradient."""
     symbols: int = 64
     """Elements of the stacks."""
-    palindrome_symbols: int = 1024
-    """Different symbols of the palindrome, the same at every length."""
+    palindrome_symbols: int | None = None
+    """Different symbols of the palindrome; as many as a sequence holds where None."""
     palindrome_distinct: bool = True
     """Whether no symbol of a palindrome appears twice, as in the paper's example."""
-    mqar_symbols: int = 2048
-    """Symbols of the recall task, half of them keys; the same at every length."""
-    mqar_queries: int | None = None
-    """Queries of the recall task; one for every pair where None."""
+    mqar_symbols: int | None = None
+    """Symbols of the recall task, half of them keys; as many keys as a sequence holds where None."""
+    mqar_asked: int = 2
+    """How often each key is asked for."""
     stacks: int = 64
     """Independent stacks."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -105,14 +109,14 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("tasks", TASKS), ("mixers", get_args(Mixer))):
-            for value in _words(getattr(self, name)):
+            for value in words(getattr(self, name)):
                 if value not in allowed:
                     raise ValueError(f"{name}: expected some of {','.join(allowed)}, got {value!r}")
         for name, kind in (("tasks", str), ("mixers", str), ("lengths", int), ("lrs", float)):
-            values = [kind(x) for x in _words(getattr(self, name))]
+            values = [kind(x) for x in words(getattr(self, name))]
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name}: expected each one once, got {getattr(self, name)!r}")
-        for name in ("seeds", "steps", "patience", "point_every", "batch_size", "lanes"):
+        for name in ("seeds", "steps", "patience", "flat", "point_every", "batch_size", "lanes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("seconds_budget", "admit_seconds"):
@@ -145,10 +149,10 @@ def sweep_cells(config: SyntheticConfig) -> list[Cell]:
     """Every task, length, mixer and learning rate with the first seed."""
     return [
         Cell(task=task, length=int(length), mixer=mixer, lr=float(lr), seed=0)  # type: ignore[arg-type]  # checked above
-        for task in _words(config.tasks)
-        for length in _words(config.lengths)
-        for mixer in _words(config.mixers)
-        for lr in _words(config.lrs)
+        for task in words(config.tasks)
+        for length in words(config.lengths)
+        for mixer in words(config.mixers)
+        for lr in words(config.lrs)
     ]
 
 
@@ -185,20 +189,30 @@ def area(config: SyntheticConfig, result: Mapping[str, Any]) -> float:
 
 def pending(config: SyntheticConfig, results: Results) -> list[Cell]:
     """Cells that are not finished, the most telling first; those that nothing can be learned from any more are left out."""
-    cells = [cell for cell in sweep_cells(config) if cell not in results and not _spared(config, cell, results)]
+    cells = [cell for cell in sweep_cells(config) if cell not in results and not spared(config, cell, results)]
     cells += [cell for cell in seed_cells(config, results) if cell not in results]
     return sorted(cells, key=lambda cell: _rank(config, cell))
 
 
-def _spared(config: SyntheticConfig, cell: Cell, results: Results) -> bool:
+def spared(config: SyntheticConfig, cell: Cell, results: Results) -> bool:
+    """Whether a cell need not be trained, as far as is known."""
     if config.sweep == "full" or cell.length == config.curve_length:
         return False
+    if takes_best(config):
+        curves = _sweep_of(config, cell.task, config.curve_length, cell.mixer)
+        best = best_of(config, curves, results) if all(other in results for other in curves) else None
+        return best is None or cell.lr != best.lr
     sweep = _sweep_of(config, cell.task, cell.length, cell.mixer)
     return any(other in results and results[other]["ended"] == "solved" for other in sweep)
 
 
+def takes_best(config: SyntheticConfig) -> bool:
+    """Whether the curves' learning rate serves the other lengths."""
+    return config.sweep == "best" and str(config.curve_length) in words(config.lengths)
+
+
 def _sweep_of(config: SyntheticConfig, task: str, length: int, mixer: str) -> list[Cell]:
-    lrs = [float(lr) for lr in _words(config.lrs)]
+    lrs = [float(lr) for lr in words(config.lrs)]
     return [Cell(task=task, length=length, mixer=mixer, lr=lr, seed=0) for lr in lrs]  # type: ignore[arg-type]  # checked
 
 
@@ -223,7 +237,7 @@ def task_of(config: SyntheticConfig, cell: Cell) -> Palindrome | MQAR | Stack:
     if cell.task == "palindrome":
         return Palindrome.for_length(cell.length, vocab=config.palindrome_symbols, distinct=config.palindrome_distinct)
     if cell.task == "mqar":
-        return MQAR.for_length(cell.length, vocab=config.mqar_symbols, queries=config.mqar_queries)
+        return MQAR.for_length(cell.length, vocab=config.mqar_symbols, asked=config.mqar_asked)
     return Stack.for_length(cell.length, num_stacks=config.stacks, vocab=config.symbols)
 
 
@@ -231,7 +245,7 @@ def model_of(config: SyntheticConfig, cell: Cell) -> ModelConfig:
     """The model of a cell: the same shape for every mixer."""
     half = max(2, config.head_dim // 4 * 2)
     return ModelConfig(
-        vocab_size=task_of(config, cell).vocab_size,
+        vocab_size=-(-task_of(config, cell).vocab_size // VOCAB_TILE) * VOCAB_TILE,
         hidden_size=config.width,
         num_layers=config.layers,
         intermediate_size=config.feed_forward,
@@ -253,7 +267,7 @@ def lane_of(config: SyntheticConfig, cell: Cell) -> LaneConfig:
     """How a cell is trained."""
     from kimi_linear.studies.synthetic_training import LaneConfig
 
-    same = ("steps", "batch_size", "warmup", "schedule", "weight_decay", "grad_clip", "dt_shift", "point_every")
+    same = ("steps", "flat", "batch_size", "warmup", "schedule", "weight_decay", "grad_clip", "dt_shift", "point_every")
     return LaneConfig(
         task=task_of(config, cell),
         model=model_of(config, cell),
@@ -293,158 +307,20 @@ def read_results(config: SyntheticConfig, folder: Path) -> dict[Cell, dict[str, 
     return results
 
 
-class _Board:
-    """The cells of a run: finished, in training, and still to begin."""
-
-    def __init__(self, config: SyntheticConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
-        self.device = device_of(config)
-        self.results = read_results(config, folder)
-        self.checkpoints = config.checkpoints or folder / "training"
-        self.lanes: dict[Cell, Lane] = {}
-        self.most, self.streams = 1, []
-        if self.device.type == "cuda":
-            import torch
-
-            # Made once and handed on: libraries keep a workspace for every stream that they have ever seen.
-            self.most, self.streams = config.lanes, [torch.cuda.Stream(self.device) for _ in range(config.lanes)]
-        self.began = time.monotonic()
-        self.trained = 0
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    def over(self) -> bool:
-        budget = self.config.seconds_budget
-        return budget is not None and self.seconds >= budget
-
-    def steps(self) -> int:
-        """Steps done; those that a finished or spared cell did not need count as done."""
-        spared = sum(c not in self.results and _spared(self.config, c, self.results) for c in sweep_cells(self.config))
-        return (len(self.results) + spared) * self.config.steps + sum(lane.step for lane in self.lanes.values())
-
-    def waiting(self) -> list[Cell]:
-        return [cell for cell in pending(self.config, self.results) if cell not in self.lanes]
-
-    def fill(self) -> None:
-        """Begin cells, or go on with them, until all lanes are busy."""
-        from kimi_linear.studies.synthetic_training import Lane, load_lane
-
-        late = self.config.admit_seconds is not None and self.seconds >= self.config.admit_seconds
-        for cell in [] if late else self.waiting()[: self.most - len(self.lanes)]:
-            if self.over():
-                break
-            lane = lane_of(self.config, cell)
-            saved = load_lane(self._checkpoint(cell), settings_of(lane))
-            stream = self.streams.pop() if self.streams else None
-            self.lanes[cell] = Lane(lane, self.device, saved, stream=stream)
-
-    def go_on(self) -> Iterator[tuple[Cell, str]]:
-        """Train a little; what was measured meanwhile, in words."""
-        from kimi_linear.studies.synthetic_training import run_lanes
-
-        since, before = time.monotonic(), sum(lane.step for lane in self.lanes.values())
-        run_lanes(list(self.lanes.values()))
-        found = {cell: lane.poll() for cell, lane in self.lanes.items()}
-        self.trained += sum(lane.step for lane in self.lanes.values()) - before
-        for lane in self.lanes.values():
-            lane.curve.seconds += (time.monotonic() - since) / len(self.lanes)
-        for cell, points in found.items():
-            for point in points:
-                yield cell, f"{cell.name} · step {point.step:,} · {100 * point.sequence_accuracy:.1f} %"
-            if points and self.lanes[cell].curve.ended(self.lanes[cell].config):
-                self.lanes[cell].poll(wait=True)  # lets go of the device before the memory does
-                self._finish(cell, self.lanes.pop(cell))
-
-    def leave(self) -> None:
-        """Write what is finished, and a checkpoint of what is not."""
-        from kimi_linear.studies.synthetic_training import save_lane
-
-        for cell, lane in list(self.lanes.items()):
-            lane.poll(wait=True)
-            if lane.curve.ended(lane.config):
-                self._finish(cell, self.lanes.pop(cell))
-            else:
-                save_lane(lane, settings_of(lane.config), self._checkpoint(cell))
-
-    def _finish(self, cell: Cell, lane: Lane) -> None:
-        points = lane.curve.points
-        digits = {"loss": 6, "token_accuracy": 6, "sequence_accuracy": 6}
-        curve: dict[str, list[float]] = {"step": [p.step for p in points]}
-        for name, kept in digits.items():
-            curve[name] = [round(getattr(p, name), kept) for p in points]
-        values = {
-            "ended": lane.curve.ended(lane.config),
-            "parameters": sum(p.numel() for p in lane.model.parameters()),
-            "hardware": hardware_of(self.device),
-            "seconds": round(lane.curve.seconds, 1),
-            "curve": curve,
-        }
-        write_cell(self.folder / f"{cell.name}.json", settings_of(lane.config), values, indent=None)
-        self.results[cell] = values
-        if lane.stream is not None:
-            self.streams.append(lane.stream)
-        self._checkpoint(cell).unlink(missing_ok=True)
-
-    def _checkpoint(self, cell: Cell) -> Path:
-        return self.checkpoints / f"{cell.name}.pt"
-
-
-def run(config: SyntheticConfig, folder: Path) -> Iterator[Progress]:
-    """Train the cells that are not finished, many at once."""
-    board = _Board(config, folder)
-    total = _count(config) * config.steps
-    yield Progress(step=board.steps(), total=total, text=estimate(config, board.results))
-    try:
-        while not board.over():
-            board.fill()
-            if not board.lanes:
-                break
-            for _, text in board.go_on():
-                left, rate = len(board.waiting()), board.trained / max(1e-9, board.seconds)
-                note = f"{text} · {rate:,.0f} steps/s · {len(board.lanes)} at once, {left} to begin"
-                yield Progress(step=board.steps(), total=total, text=note)
-    finally:
-        board.leave()
-    yield Progress(step=board.steps(), total=total, text=estimate(config, board.results))
-
-
-def estimate(config: SyntheticConfig, results: Results) -> str:
-    """What is left, in cells and seconds at most, judged by the cells that are finished."""
-    left = pending(config, results)
-    words = f"{len(results)} cells finished, {len(left)} to train"
-    spent = sum(r["seconds"] for r in results.values())
-    read = sum(r["curve"]["step"][-1] * cell.length for cell, r in results.items())
-    if not left or not read or not spent:
-        return words
-    seconds = spent / read * sum(cell.length * config.steps for cell in left)
-    return f"{words}, {seconds:,.0f} s at most at the speed of the finished ones"
-
-
-def _count(config: SyntheticConfig) -> int:
+def cells_in_all(config: SyntheticConfig) -> int:
     """Cells in all, were none spared."""
     swept = sweep_cells(config)
+    if takes_best(config):
+        swept = [c for c in swept if c.length == config.curve_length or c.lr == float(words(config.lrs)[0])]
     curves = {(c.task, c.mixer) for c in swept if c.length == config.curve_length and c.mixer != "mla"}
     return len(swept) + (config.seeds - 1) * len(curves)
 
 
-def device_of(config: SyntheticConfig) -> torch.device:
-    """Where the cells are trained."""
-    import torch
+def run(config: SyntheticConfig, folder: Path) -> Iterator[Progress]:
+    """Train the cells that are not finished, many at once."""
+    from kimi_linear.studies.synthetic_board import train
 
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
-
-
-def hardware_of(device: torch.device) -> str:
-    """Name of a device, for the record."""
-    import platform
-
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return train(config, folder)
 
 
 def report(config: SyntheticConfig, folder: Path) -> Report:
@@ -454,7 +330,8 @@ def report(config: SyntheticConfig, folder: Path) -> Report:
     return write_report(config, folder)
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The parts of a list with commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 

@@ -12,7 +12,8 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from torch import Tensor
 from kimi_linear.config import ModelConfig
 from kimi_linear.data import IGNORE, MQAR, Palindrome, Stack
 from kimi_linear.model import KimiLinear
+from kimi_linear.model.parameters import RMSNorm
 from kimi_linear.training import TrainConfig, build_optimizers
 
 BURST = 10
 """Steps that are enqueued together; a lane has at most two bursts ahead of it, so that no lane waits for the host long."""
 POOL_NUMBERS = 1 << 23
 """Tokens that are drawn at a time, 64 MiB of them: the stacks' generator takes thousands of launches."""
+PROGRESS = 0.01
+"""Part of the loss that has to go for a training to be getting on."""
 WARM_STEPS = 3
 """Eager steps before a capture: kernels compile, libraries allocate, the optimizer makes its state."""
 
@@ -66,6 +70,8 @@ class LaneConfig:
     """A point with this share of sequences all right counts as solved."""
     patience: int
     """Solved points in a row that end the training."""
+    flat: int
+    """Steps without progress that end it, while no sequence is right."""
     bf16: bool
     """Autocast to bf16; weights and optimizer are fp32 either way."""
 
@@ -93,13 +99,22 @@ class Curve:
     seconds: float = 0.0
 
     def ended(self, config: LaneConfig) -> str | None:
-        """Why the training is over: "solved", "steps", "diverged"; None while it is not."""
+        """Why the training is over: "solved", "steps", "flat", "diverged"; None while it is not."""
         last = self.points[-config.patience :]
         if self.points and not math.isfinite(self.points[-1].loss):
             return "diverged"
         if len(last) == config.patience and all(p.sequence_accuracy >= config.until for p in last):
             return "solved"
-        return "steps" if self.points and self.points[-1].step >= config.steps else None
+        if self.points and self.points[-1].step >= config.steps:
+            return "steps"
+        return "flat" if self._flat(config.flat) else None
+
+    def _flat(self, steps: int) -> bool:
+        """Whether nothing came of the last ``steps`` steps, nor of those before."""
+        before = [p.loss for p in self.points if p.step <= self.points[-1].step - steps]
+        recent = [p.loss for p in self.points[len(before) :]]
+        wrong = all(p.sequence_accuracy == 0 for p in self.points)
+        return bool(before) and wrong and min(recent) > (1 - PROGRESS) * min(before)
 
 
 class Lane:
@@ -129,6 +144,8 @@ class Lane:
         self.config, self.device = config, device
         self.model = KimiLinear(config.model, seed=config.seed)
         _shift_dt_bias(self.model, config.dt_shift)
+        if config.bf16:
+            _round_once(self.model)
         self.model.to(device).train()
         self.curve = Curve()
         self.step = 0
@@ -288,12 +305,13 @@ class Lane:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._draw(0)
-            for _ in range(WARM_STEPS):
-                self._train()
-                self._place.zero_()
+            with _tf32(self.config.bf16):
+                for _ in range(WARM_STEPS):
+                    self._train()
+                    self._place.zero_()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with _tf32(self.config.bf16), torch.cuda.graph(graph, stream=stream):
             self._train()
         with torch.cuda.stream(stream), torch.no_grad():
             for state in self._optimizer.state.values():
@@ -332,6 +350,24 @@ def _make_state(optimizer: torch.optim.AdamW) -> None:
             optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **means}
 
 
+def _round_once(model: KimiLinear) -> None:
+    """Let the norms between stream and projections hand out bf16: autocast would round their result in each projection anew."""
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and not name.endswith("o_norm"):
+            module.register_forward_hook(lambda module, inputs, output: output.to(torch.bfloat16))
+
+
+@contextmanager
+def _tf32(enabled: bool) -> Iterator[None]:
+    """Products of fp32 numbers on the matrix units meanwhile: Mamba-2's, which autocast leaves alone."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = enabled or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @torch.no_grad()
 def _shift_dt_bias(model: KimiLinear, shift: float) -> None:
     for name, parameter in model.named_parameters():
@@ -340,8 +376,6 @@ def _shift_dt_bias(model: KimiLinear, shift: float) -> None:
 
 
 def _on(stream: torch.cuda.Stream | None) -> Any:
-    from contextlib import nullcontext
-
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 

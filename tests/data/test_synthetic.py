@@ -95,15 +95,15 @@ def test_a_generator_repeats_and_moves_on(task):
 @pytest.mark.parametrize("tokens", [256, 1024])
 def test_for_length_fills_the_length(kind, tokens):
     task = kind.for_length(tokens)
-    assert tokens - 2 <= task.sequence_length <= tokens
+    assert tokens - 3 < task.sequence_length <= tokens
     draw(task, 2)
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="num_pairs: expected at most the 8 different keys of vocab == 16, got 9"):
         MQAR(num_pairs=9, num_queries=1, vocab=16)
-    with pytest.raises(ValueError, match="num_queries: expected at most num_pairs == 4, got 5"):
-        MQAR(num_pairs=4, num_queries=5, vocab=16)
+    with pytest.raises(ValueError, match="num_values: expected 1 to 15 of vocab == 16, got 16"):
+        MQAR(num_pairs=4, num_queries=5, vocab=16, num_values=16)
     with pytest.raises(ValueError, match="length: expected at least 2, got 1"):
         Palindrome(length=1)
     with pytest.raises(ValueError, match=r"pop_probability: expected a number in \(0, 1\], got 0"):
@@ -124,7 +124,18 @@ def test_scored_holds_every_target(task):
     assert task.name == "stack" or columns[inside].all()
 
 
-def test_mqar_for_a_length_takes_a_number_of_queries():
+def test_mqar_asks_for_every_key_before_it_asks_again():
+    task = MQAR(num_pairs=6, num_queries=15, vocab=9, num_values=3)
+    for tokens, targets in rows(draw(task)):
+        memory = dict(zip(tokens[0:12:2], tokens[1:12:2], strict=True))
+        assert max(memory) < 6 <= min(memory.values())
+        queries = tokens[13:]
+        assert sorted(queries[:6]) == sorted(queries[6:12]) == sorted(memory)
+        assert len(set(queries[12:])) == 3
+        assert targets[13:] == [memory[key] for key in queries]
+
+
+def test_symbols_for_a_length():
     assert MQAR.for_length(1024, vocab=2048) == MQAR(num_pairs=341, num_queries=341, vocab=2048)
-    few = MQAR.for_length(1024, vocab=2048, queries=64)
-    assert (few.num_pairs, few.num_queries, few.sequence_length) == (479, 64, 1023)
+    assert MQAR.for_length(1024, asked=2) == MQAR(num_pairs=255, num_queries=510, vocab=510)
+    assert Palindrome.for_length(1024, vocab=None, distinct=True) == Palindrome(length=511, vocab=511, distinct=True)

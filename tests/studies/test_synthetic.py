@@ -105,6 +105,21 @@ def test_a_training_ends_when_it_has_sat_at_its_aim() -> None:
     assert curve.ended(replace(config, steps=99, patience=2)) == "diverged"
 
 
+@pytest.mark.parametrize(
+    ("losses", "share", "ended"),
+    [((5.0, 4.98, 4.97, 4.96), 0.0, "flat"), ((5.0, 4.98, 4.97, 4.94), 0.0, None), ((5.0, 4.98, 4.97, 4.96), 0.001, None), ((5.0, 4.98, 4.97), 0.0, None)],
+)  # fmt: skip
+def test_a_training_ends_when_nothing_has_come_of_many_steps(
+    losses: tuple[float, ...], share: float, ended: str
+) -> None:
+    config = replace(synthetic.lane_of(SMALL, CELL), steps=99, flat=12)
+    curve = lane().curve
+    for i, loss in enumerate(losses):
+        assert curve.ended(config) is None
+        curve.points.append(Point(step=4 * (i + 1), loss=loss, token_accuracy=0.1, sequence_accuracy=share))
+    assert curve.ended(config) == ended
+
+
 @pytest.mark.gpu
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("task", synthetic.TASKS)

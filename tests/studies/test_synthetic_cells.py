@@ -26,20 +26,34 @@ def result(*shares: float, ended: str = "steps", every: int = 5000) -> dict:
 
 def test_the_most_telling_cells_come_first() -> None:
     cells = pending(FULL, {})
-    assert len(cells) == 3 * 4 * 4 * 4
+    assert len(cells) == 3 * 4 * 4
+    assert len(pending(replace(FULL, sweep="until-solved"), {})) == 3 * 4 * 4 * 4
     first = cells[:16]
     assert {(c.length, c.seed) for c in first} == {(1024, 0)}
     assert {c.mixer for c in first} == {"kda", "gdn"}
     assert {c.task for c in first} == {"palindrome", "mqar"}
     assert [c.lr for c in first] == sorted((c.lr for c in first), reverse=True)
-    assert {c.mixer for c in cells[-48:]} == {"mla"}
+    assert {c.mixer for c in cells[-12:]} == {"mla"}
+
+
+def test_other_lengths_take_the_learning_rate_that_was_best_where_curves_are_compared() -> None:
+    at = Cell(task="mqar", length=1024, mixer="kda", lr=1e-3, seed=0)
+    done = {replace(at, lr=lr): result(0.0, 0.5, ended="overtaken") for lr in (1e-3, 1e-4, 5e-5)}
+    assert {c.length for c in pending(FULL, done)} == {1024}
+    done[replace(at, lr=5e-4)] = result(0.0, 1.0, ended="solved")
+    others = [c for c in pending(FULL, done) if c.length != 1024]
+    assert sorted((c.length, c.lr) for c in others) == [(256, 5e-4), (512, 5e-4), (2048, 5e-4)]
+    assert {(c.task, c.mixer) for c in others} == {("mqar", "kda")}
+    # Where no curve is drawn no rate is known to be the best.
+    assert len(pending(replace(FULL, lengths="256", tasks="mqar", mixers="kda"), {})) == 4
 
 
 def test_no_learning_rate_is_begun_after_one_has_solved_the_task_but_where_curves_are_compared() -> None:
+    config = replace(FULL, sweep="until-solved")
     at = Cell(task="mqar", length=256, mixer="kda", lr=1e-3, seed=0)
     for ended, length, left in (("solved", 256, 0), ("steps", 256, 3), ("solved", 1024, 3)):
         done = {replace(at, length=length): result(0.0, 1.0, ended=ended)}
-        rest = [c for c in pending(FULL, done) if (c.task, c.length, c.mixer) == ("mqar", length, "kda")]
+        rest = [c for c in pending(config, done) if (c.task, c.length, c.mixer) == ("mqar", length, "kda")]
         assert len(rest) == left, (ended, length)
     assert len(pending(replace(FULL, sweep="full"), {at: result(1.0, ended="solved")})) == 191
 
@@ -58,6 +72,18 @@ def test_seeds_repeat_the_learning_rate_that_was_soonest_right() -> None:
     assert {c.lr for c in synthetic.seed_cells(FULL, done)} == {5e-4}
     assert synthetic.area(FULL, done[replace(base, lr=5e-4)]) == pytest.approx(0.75)
     assert synthetic.area(FULL, done[base]) == pytest.approx(0.575)
+
+
+def test_a_cell_ends_where_another_learning_rate_had_solved_its_task(tmp_path) -> None:
+    config = replace(TINY, lengths="32", point_every=4)
+    one, other = sorted(synthetic.sweep_cells(config), key=lambda cell: cell.lr)
+    settings = synthetic.settings_of(synthetic.lane_of(config, other))
+    write_cell(tmp_path / f"{other.name}.json", settings, result(0.5, 1.0, every=4, ended="solved"), indent=None)
+    list(synthetic.run(config, tmp_path))
+    found = synthetic.read_results(config, tmp_path)
+    assert found[one]["ended"] == "overtaken"
+    assert found[one]["curve"]["step"] == [4, 8]
+    assert found[replace(other, seed=1)]["ended"] == "steps"  # a seed has no rival
 
 
 def test_the_table_and_the_figure_say_what_the_cells_say(tmp_path) -> None:
@@ -103,10 +129,10 @@ def test_a_run_in_pieces_ends_as_a_whole_one(tmp_path) -> None:
     progress.close()  # type: ignore[attr-defined]
     assert len(list((tmp_path / "parts/training").glob("*.pt"))) == 1
     *_, last = synthetic.run(replace(TINY, seconds_budget=0), tmp_path / "parts")
-    assert last.text == "0 cells finished, 4 to train"
+    assert last.text == "0 cells finished, 2 to train"
     list(synthetic.run(TINY, tmp_path / "parts"))
     names = sorted(path.name for path in (tmp_path / "whole").glob("*.json"))
-    assert len(names) == 5  # two lengths with two learning rates, and one more seed
+    assert len(names) == 4  # two learning rates where the curves are, one at the other length, and one more seed
     for name in names:
         whole, parts = (json.loads((tmp_path / kind / name).read_text()) for kind in ("whole", "parts"))
         assert whole["curve"] == parts["curve"]

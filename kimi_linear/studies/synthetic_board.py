@@ -1,0 +1,175 @@
+"""Training the cells of the synthetic study: which are begun, when each is over, what is kept, how long the rest may take."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from kimi_linear.studies.cells import write_cell
+from kimi_linear.studies.study import Progress
+from kimi_linear.studies.synthetic import (
+    Cell,
+    Results,
+    SyntheticConfig,
+    cells_in_all,
+    lane_of,
+    pending,
+    read_results,
+    settings_of,
+    spared,
+    sweep_cells,
+    takes_best,
+    words,
+)
+from kimi_linear.studies.synthetic_training import Lane, load_lane, run_lanes, save_lane
+
+
+class Board:
+    """The cells of a run: finished, in training, and still to begin."""
+
+    def __init__(self, config: SyntheticConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.device = device_of(config)
+        self.results = read_results(config, folder)
+        self.checkpoints = config.checkpoints or folder / "training"
+        self.lanes: dict[Cell, Lane] = {}
+        self.most, self.streams = 1, []
+        if self.device.type == "cuda":
+            # Made once and handed on: libraries keep a workspace for every stream that they have ever seen.
+            self.most, self.streams = config.lanes, [torch.cuda.Stream(self.device) for _ in range(config.lanes)]
+        self.began = time.monotonic()
+        self.trained = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def over(self) -> bool:
+        budget = self.config.seconds_budget
+        return budget is not None and self.seconds >= budget
+
+    def steps(self) -> int:
+        """Steps done; those that a finished or spared cell did not need count as done."""
+        spared = (
+            0
+            if takes_best(self.config)
+            else sum(c not in self.results and spared(self.config, c, self.results) for c in sweep_cells(self.config))
+        )
+        return (len(self.results) + spared) * self.config.steps + sum(lane.step for lane in self.lanes.values())
+
+    def waiting(self) -> list[Cell]:
+        return [cell for cell in pending(self.config, self.results) if cell not in self.lanes]
+
+    def fill(self) -> None:
+        """Begin cells, or go on with them, until all lanes are busy."""
+        late = self.config.admit_seconds is not None and self.seconds >= self.config.admit_seconds
+        for cell in [] if late else self.waiting()[: self.most - len(self.lanes)]:
+            if self.over():
+                break
+            lane = lane_of(self.config, cell)
+            saved = load_lane(self._checkpoint(cell), settings_of(lane))
+            stream = self.streams.pop() if self.streams else None
+            self.lanes[cell] = Lane(lane, self.device, saved, stream=stream)
+
+    def go_on(self) -> Iterator[tuple[Cell, str]]:
+        """Train a little; what was measured meanwhile, in words."""
+        since, before = time.monotonic(), sum(lane.step for lane in self.lanes.values())
+        run_lanes(list(self.lanes.values()))
+        found = {cell: lane.poll() for cell, lane in self.lanes.items()}
+        self.trained += sum(lane.step for lane in self.lanes.values()) - before
+        for lane in self.lanes.values():
+            lane.curve.seconds += (time.monotonic() - since) / len(self.lanes)
+        for cell, points in found.items():
+            for point in points:
+                yield cell, f"{cell.name} · step {point.step:,} · {100 * point.sequence_accuracy:.1f} %"
+            if points and (ended := self._ended(cell, self.lanes[cell])):
+                self.lanes[cell].poll(wait=True)  # lets go of the device before the memory does
+                self._finish(cell, self.lanes.pop(cell), ended)
+
+    def leave(self) -> None:
+        """Write what is finished, and a checkpoint of what is not."""
+        for cell, lane in list(self.lanes.items()):
+            lane.poll(wait=True)
+            if ended := self._ended(cell, lane):
+                self._finish(cell, self.lanes.pop(cell), ended)
+            else:
+                save_lane(lane, settings_of(lane.config), self._checkpoint(cell))
+
+    def _ended(self, cell: Cell, lane: Lane) -> str | None:
+        """Why a cell is over, "overtaken" where another learning rate had solved its task by this step; None while it is not."""
+        ended, last = lane.curve.ended(lane.config), lane.curve.points[-1].step if lane.curve.points else 0
+        if ended is None and self.config.sweep != "full":
+            rivals = [self.results.get(dataclasses.replace(cell, lr=float(lr))) for lr in words(self.config.lrs)]
+            sooner = [r["curve"]["step"][-1] <= last for r in rivals if r is not None and r["ended"] == "solved"]
+            ended = "overtaken" if any(sooner) else None
+        return ended
+
+    def _finish(self, cell: Cell, lane: Lane, ended: str) -> None:
+        points = lane.curve.points
+        digits = {"loss": 6, "token_accuracy": 6, "sequence_accuracy": 6}
+        curve: dict[str, list[float]] = {"step": [p.step for p in points]}
+        for name, kept in digits.items():
+            curve[name] = [round(getattr(p, name), kept) for p in points]
+        values = {
+            "ended": ended,
+            "parameters": sum(p.numel() for p in lane.model.parameters()),
+            "hardware": hardware_of(self.device),
+            "seconds": round(lane.curve.seconds, 1),
+            "curve": curve,
+        }
+        write_cell(self.folder / f"{cell.name}.json", settings_of(lane.config), values, indent=None)
+        self.results[cell] = values
+        if lane.stream is not None:
+            self.streams.append(lane.stream)
+        self._checkpoint(cell).unlink(missing_ok=True)
+
+    def _checkpoint(self, cell: Cell) -> Path:
+        return self.checkpoints / f"{cell.name}.pt"
+
+
+def train(config: SyntheticConfig, folder: Path) -> Iterator[Progress]:
+    """Train the cells that are not finished, many at once."""
+    board = Board(config, folder)
+    total = cells_in_all(config) * config.steps
+    yield Progress(step=board.steps(), total=total, text=estimate(config, board.results))
+    try:
+        while not board.over():
+            board.fill()
+            if not board.lanes:
+                break
+            for _, text in board.go_on():
+                left, rate = len(board.waiting()), board.trained / max(1e-9, board.seconds)
+                note = f"{text} · {rate:,.0f} steps/s · {len(board.lanes)} at once, {left} to begin"
+                yield Progress(step=board.steps(), total=total, text=note)
+    finally:
+        board.leave()
+    yield Progress(step=board.steps(), total=total, text=estimate(config, board.results))
+
+
+def estimate(config: SyntheticConfig, results: Results) -> str:
+    """What is left, in cells and seconds at most, judged by the cells that are finished."""
+    left = pending(config, results)
+    words = f"{len(results)} cells finished, {len(left)} to train"
+    spent = sum(r["seconds"] for r in results.values())
+    read = sum(r["curve"]["step"][-1] * cell.length for cell, r in results.items())
+    if not left or not read or not spent:
+        return words
+    seconds = spent / read * sum(cell.length * config.steps for cell in left)
+    return f"{words}, {seconds:,.0f} s at most at the speed of the finished ones"
+
+
+def device_of(config: SyntheticConfig) -> torch.device:
+    """Where the cells are trained."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def hardware_of(device: torch.device) -> str:
+    """Name of a device, for the record."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
