@@ -49,6 +49,8 @@ class NanoConfig:
     """Decoupled weight decay of the matrices."""
     tokens: float = 5e8
     """Tokens that each cell reads, the same ones in the same order; a short number with several --lr is a sweep."""
+    prose_times: int = 2
+    """How often a pass through the text reads the prose, the smaller part."""
     batch_size: int = 128
     """Rows per step."""
     sequence_length: int = 1024
@@ -72,7 +74,7 @@ class NanoConfig:
         for name in self.models.split(","):
             if name not in ("nano", "twin"):
                 raise ValueError(f"models: expected some of nano,twin, got {name!r}")
-        for name in ("tokens", "batch_size", "sequence_length", "measurements", "held_out_rows"):
+        for name in ("tokens", "prose_times", "batch_size", "sequence_length", "measurements", "held_out_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.seconds_budget < 0:
@@ -97,7 +99,7 @@ class NanoConfig:
 
     def settings(self, which: Which, rate: float) -> dict[str, Any]:
         """What makes a cell the same cell."""
-        names = ("optimizer", "weight_decay", "tokens", "batch_size", "sequence_length", "tiny", "seed")
+        names = ("optimizer", "weight_decay", "tokens", "prose_times", "batch_size", "sequence_length", "tiny", "seed")
         return {"model": which, "lr": rate, **{name: getattr(self, name) for name in names}}
 
     def cell_name(self, which: Which, rate: float) -> str:
@@ -162,7 +164,8 @@ def _train(
     workplace = folder / "training" / name
     shape = config_of(config, which)
     model = KimiLinear(shape, seed=config.seed)
-    trainer = Trainer(model, None, read_corpus(config.data, "train"), None, _training(config, rate), workplace)
+    corpus = read_corpus(config.data, "train", prose_times=config.prose_times)
+    trainer = Trainer(model, None, corpus, None, _training(config, rate), workplace)
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -190,8 +193,8 @@ def _train(
         steps.close()
         record.write()
     if trainer.step == config.steps:
-        _finish(config, which, rate, folder, trainer, record)
-        yield trainer.step, f"{_spoken(record.points[-1])} bits per byte, all held-out text"
+        last = _finish(config, which, rate, folder, trainer, record)
+        yield trainer.step, f"{_spoken(last)} bits per byte, all held-out text"
 
 
 def _training(config: NanoConfig, rate: float) -> TrainConfig:
@@ -248,7 +251,11 @@ def measure(config: NanoConfig, model: KimiLinear, *, rows: int | None) -> dict[
             max_batches=None if rows is None else max(1, rows // size),
         )
         each = about[kind]["bytes"] / about[kind]["tokens"]
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        # Compiled blocks would be compiled again for these shapes.
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"),
+        ):
             result = Perplexity(batches=lambda b=batches: b, bytes_per_token=each, device=model.device)(model)
         found[kind] = result.metrics["bits_per_byte"]
     model.train(training)
@@ -327,8 +334,10 @@ class Record:
         write_json(self.path, {"points": self.points, "pieces": self.pieces})
 
 
-def _finish(config: NanoConfig, which: Which, rate: float, folder: Path, trainer: Trainer, record: Record) -> None:
-    """Write the model as it was trained, fp32, and last the cell."""
+def _finish(
+    config: NanoConfig, which: Which, rate: float, folder: Path, trainer: Trainer, record: Record
+) -> dict[str, float]:
+    """Write the model in bf16, as it would ship, and last the cell. Returns its bits per byte of all held-out text."""
     import torch
 
     from kimi_linear.folder import load, save
@@ -337,10 +346,10 @@ def _finish(config: NanoConfig, which: Which, rate: float, folder: Path, trainer
     record.points.append({"step": trainer.step, "tokens": trainer.tokens, **on_the_way})
     name = config.cell_name(which, rate)
     shutil.rmtree(folder / name, ignore_errors=True)
-    save(trainer.model, folder / name)
-    # What ships are bf16 weights, so their numbers are the ones that count.
-    released, _ = load(folder / name, device=trainer.device, dtype=torch.bfloat16)
-    exact, last = (measure(config, model, rows=None) for model in (trainer.model, released))
+    exact = measure(config, trainer.model, rows=None)
+    save(trainer.model.to(torch.bfloat16), folder / name)
+    released, _ = load(folder / name, device=trainer.device)
+    last = measure(config, released, rows=None)
     values = {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "held_out": last,
@@ -351,6 +360,7 @@ def _finish(config: NanoConfig, which: Which, rate: float, folder: Path, trainer
     }
     write_cell(folder / f"{name}.json", config.settings(which, rate), values)
     shutil.rmtree(folder / "training" / name)
+    return last
 
 
 def report(config: NanoConfig, folder: Path) -> Report:

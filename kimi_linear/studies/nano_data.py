@@ -233,6 +233,8 @@ def prepare(sources: Iterable[tuple[Source, Path]], folder: Path, *, vocab_size:
         _write(folder / f"{split}.tokens", tokens.tobytes(), compress=split == "train")
         size = sum(len(t.text.encode()) for t in chosen)
         counts[split] = {"documents": len(chosen), "bytes": size, "tokens": len(tokens)}
+        if split == "train":
+            counts[split] |= _prose_part(chosen, tokens, tokenizer.eos_id)
     listed = [_listed(source, tallies[source.name]) for source, _ in sources]
     about = {"vocab_size": vocab_size, "eos_id": tokenizer.eos_id, "splits": counts, "sources": listed}
     write_json(folder / DATA_FILE, about)
@@ -245,6 +247,14 @@ def vocabulary_texts(train: list[Text]) -> list[str]:
     code = [t.text for t in train if t.kind == "code"]
     every = max(1, round(sum(map(len, code)) / max(1, sum(map(len, prose)))))
     return [*prose, *code[::every]]
+
+
+def _prose_part(train: list[Text], tokens: np.ndarray, eos_id: int | None) -> dict[str, int]:
+    """How much of the training text is prose. The sources of prose come first, so it is one piece at the beginning."""
+    prose = [t for t in train if t.kind == "prose"]
+    assert train[: len(prose)] == prose
+    ends = np.flatnonzero(tokens == eos_id)[: len(prose)] + 1
+    return {"prose_bytes": sum(len(t.text.encode()) for t in prose), "prose_tokens": int(ends[-1]) if len(ends) else 0}
 
 
 def _listed(source: Source, tally: Tally) -> dict[str, Any]:
@@ -274,8 +284,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_corpus(folder: Path, split: str) -> Corpus:
-    """The tokens of "train", "prose" or "code". Held-out text is memory-mapped; training text is unpacked in memory."""
+def read_corpus(folder: Path, split: str, *, prose_times: int = 1) -> Corpus:
+    """The tokens of "train", "prose" or "code". Held-out text is memory-mapped; training text is unpacked in memory.
+
+    ``prose_times`` puts the prose of the training text so many times beside the code, so that a pass reads it as often.
+    """
     import torch
 
     from kimi_linear.data import Corpus
@@ -284,6 +297,9 @@ def read_corpus(folder: Path, split: str) -> Corpus:
     if split == "train":
         blob = bytearray(lzma.decompress(path.with_name(path.name + ".xz").read_bytes()))
         array = np.frombuffer(blob, dtype="<u2")
+        if prose_times > 1:
+            prose = array[: read_about(folder)["splits"]["train"]["prose_tokens"]]
+            array = np.concatenate([*[prose] * (prose_times - 1), array])
     else:
         # Copy on write: torch wants memory that it may write to, and the file stays as it is.
         array = np.memmap(path, dtype="<u2", mode="c")

@@ -113,6 +113,18 @@ def test_the_token_files_are_the_text(data):
     assert packed.size == about["splits"]["train"]["tokens"]
 
 
+def test_prose_is_read_as_often_as_asked(data):
+    said = nano_data.read_about(data)["splits"]["train"]
+    once, thrice = (nano_data.read_corpus(data, "train", prose_times=n).tokens for n in (1, 3))
+    prose = once[: said["prose_tokens"]]
+    assert torch.equal(thrice, torch.cat([prose, prose, once]))
+    tokenizer = load_tokenizer(data)
+    text = tokenizer.decode(prose.tolist())
+    assert text.count("[EOS]") == sum(n != "novel-7" for n in PROSE)
+    assert len(text.replace("[EOS]", "").encode()) == said["prose_bytes"]
+    assert not any(nano_data.clean_code(c) in text for c in CODE.values())
+
+
 def test_the_vocabulary_is_worth_its_rows(data):
     """Merged pairs: far fewer tokens than bytes, ranks that the release's reader takes."""
     splits = nano_data.read_about(data)["splits"]
@@ -231,7 +243,8 @@ def test_a_cell_says_what_was_measured(trained, data):
     assert [point["step"] for point in values["points"]] == [2, 4, 6]
     assert values["points"][-1]["tokens"] == 6 * 256
     assert values["pieces"][0]["steps"] == 6
-    model, _ = kl.load(next(trained.glob("nano-*/config.json")).parent, dtype=torch.bfloat16)
+    model, _ = kl.load(next(trained.glob("nano-*/config.json")).parent)
+    assert model.dtype == torch.bfloat16
     again = nano.measure(config_for(data), model, rows=None)
     assert again == values["held_out"]
     # Six steps of training are better than none.
