@@ -41,7 +41,7 @@ class NanoConfig:
     """Where "package" writes."""
     models: str = "nano,twin"
     """What to train, in this order."""
-    lr: str = "4e-3"
+    lr: str = "3e-3"
     """Peak learning rates; each is a cell of its own, so that several make a sweep."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """As in ``kimi-linear train``."""
@@ -209,6 +209,8 @@ def _training(config: NanoConfig, rate: float) -> TrainConfig:
         optimizer=config.optimizer,
         weight_decay=config.weight_decay,
         schedule="wsd",
+        # A short run of a sweep warms up as long as a whole one: with few steps high rates look worse than they are.
+        warmup=min(0.2, max(0.02, 100 / config.steps)),
         decay=0.5,
         min_lr=0.0,
         precision="bf16" if _on_gpu(config.device) else "fp32",

@@ -18,6 +18,8 @@ from kimi_linear.data import IGNORE
 
 MAX_LOGITS = 1 << 24
 """Logits alive at a time: 64 MiB in fp32."""
+MAX_LOGITS_GPU = 1 << 26
+"""On a GPU, where a piece should be worth the launches of its dozen kernels."""
 
 
 def linear_cross_entropy(
@@ -25,7 +27,7 @@ def linear_cross_entropy(
     weight: Float[Tensor, "vocab D"],
     targets: Int[Tensor, "T"],
     *,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over the scored tokens of ``cross_entropy(hidden @ weight.T, targets)``, in fp32 at least.
 
@@ -33,11 +35,14 @@ def linear_cross_entropy(
         hidden: [T, D].
         weight: [vocab, D], the output projection.
         targets: [T] int64; -100 is not scored. Without any scored token the loss is 0.
-        max_logits: numbers alive at a time; more tokens than fit go in pieces, with the same result but for rounding.
+        max_logits: numbers alive at a time, ``MAX_LOGITS`` or ``MAX_LOGITS_GPU`` where None; more tokens than fit go in
+            pieces, with the same result but for rounding.
 
     Returns:
         A scalar, differentiable once in ``hidden`` and ``weight``. Under autocast the products run in its dtype.
     """
+    if max_logits is None:
+        max_logits = MAX_LOGITS_GPU if hidden.is_cuda else MAX_LOGITS
     piece = max(1, max_logits // weight.shape[0])
     if hidden.shape[0] <= piece:
         logits = _wide(F.linear(hidden, weight))
@@ -81,19 +86,22 @@ def _loss_and_gradients(
     for start in range(0, hidden.shape[0], piece):
         span = slice(start, start + piece)
         x, labels, mask = hidden[span].to(dtype), targets[span].clamp(min=0)[:, None], scored[span][:, None]
-        logits = _wide(x @ narrow_weight.T)
-        log_norm = logits.logsumexp(-1, keepdim=True)
-        total += ((log_norm - logits.gather(1, labels)) * mask).sum()
+        # One kernel that reads the narrow logits and writes wide ones: each more would read and write them all again.
+        log_p = torch.log_softmax(x @ narrow_weight.T, -1, dtype=total.dtype)
+        total -= (log_p.gather(1, labels) * mask).sum()
         if grad_hidden is None and grad_weight is None:
             continue
-        # d loss / d logits = (softmax - one-hot) / count, in the place of the logits.
-        slope = logits.sub_(log_norm).exp_()
+        # d loss / d logits = (softmax - one-hot) / count, in the place of the logits. What is the same for a whole row
+        # is multiplied in where rows are narrow.
+        slope = log_p.exp_()
         slope.scatter_add_(1, labels, -torch.ones_like(slope[:, :1]))
-        slope = slope.mul_(mask).div_(count).to(dtype)
+        slope, factor = slope.to(dtype), mask.to(total.dtype) / count
         if grad_hidden is not None:
-            grad_hidden[span] = (slope @ narrow_weight).to(hidden.dtype)
+            grad_hidden[span] = ((slope @ narrow_weight) * factor).to(hidden.dtype)
         if grad_weight is not None:
-            grad_weight += slope.T @ x
+            grad_weight += slope.T @ (x * mask)
+    if grad_weight is not None:
+        grad_weight /= count
     ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
     return total / count
 
