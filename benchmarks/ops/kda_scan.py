@@ -27,7 +27,7 @@ from kimi_linear.testing.tolerances import relative_error
 
 if TYPE_CHECKING:
     from kimi_linear.kernels.triton.configs import Config
-    from kimi_linear.kernels.triton.segments import Cut
+    from kimi_linear.kernels.triton.cuts import Cut
 
 DIM = 128
 BOUND = 5e-3
@@ -79,7 +79,7 @@ def config(numbers: tuple[int, int, int]) -> Config:
 
 
 def whole() -> Cut:
-    from kimi_linear.kernels.triton.segments import Cut
+    from kimi_linear.kernels.triton.cuts import Cut
 
     return Cut(most=1)
 
@@ -182,7 +182,7 @@ def plain_variants(part: str) -> dict[str, Run]:
 
 def cut_variants() -> dict[str, Run]:
     """Long sequences of few heads: whole, as the rule cuts them, and cut otherwise; forward alone and with backward."""
-    from kimi_linear.kernels.triton.segments import Cut
+    from kimi_linear.kernels.triton.cuts import Cut
 
     def both(x: ScanInputs, **options: Any) -> dict[str, Tensor | None]:
         results = forward(x, save=True, **options)

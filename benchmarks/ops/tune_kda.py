@@ -127,8 +127,8 @@ def _build(kernel: str, dim: int, device: str) -> Run:
             return config if name == kernel else config_of(name, x, shape)
 
         with patch.object(chunk_kda, symbol, recorder), patch.object(chunk_kda, "config_of", chosen):
-            output, state, _ = chunk_kda.forward(problem)
-            gradients = chunk_kda.backward(problem, output, d_output, d_state)
+            output, state, saved = chunk_kda.forward_to_train(problem)
+            gradients = chunk_kda.backward(problem, saved, output, d_output, d_state)
         assert recorder.again is not None, f"{symbol} is launched by neither pass"
         # Copies, for a launch that is made again may write to what it wrote before.
         results = tuple(x.clone() for x in (output, state, *gradients) if x is not None)

@@ -1,4 +1,4 @@
-"""``chunk_kda`` of the Triton kernels as an operator of torch, its gradient as a second one, and ``chunk_kda_states``."""
+"""``chunk_kda`` of the Triton kernels as operators of torch: for inference, to train, its gradient; and ``chunk_kda_states``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _INPUTS = (
     "Tensor? cu_seqlens, float? lower_bound, float scale, bool normalize_qk"
 )
 _DIFFERENTIABLE = 8  # the first inputs; cu_seqlens and the numbers after them have no gradient
+_SAVED = 12  # tensors that a forward leaves for its backward: kernels/triton/saved.py
 
 
 def triton_chunk_kda(
@@ -23,7 +24,9 @@ def triton_chunk_kda(
     initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> KDAOutput:  # fmt: skip
     """The gate goes into the kernels as it came: no fp32 log-decay is made."""
-    return KDAOutput(*FORWARD(*_inputs(q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens)))
+    inputs = _inputs(q, k, v, gate, beta, scale, normalize_qk, initial_state, cu_seqlens)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:_DIFFERENTIABLE])
+    return KDAOutput(*(TRAIN if wanted else FORWARD)(*inputs)[:2])
 
 
 def triton_chunk_kda_states(
@@ -85,25 +88,45 @@ def _states_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return output, final_state, final_state.new_empty(len(inputs[-1]), *final_state.shape[1:])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _train(*inputs: Any) -> tuple[Tensor, ...]:
+    from kimi_linear.kernels.triton.chunk_kda import forward_to_train
+
+    output, state, saved = forward_to_train(_problem(*inputs))
+    return output, state, *saved
+
+
+def _train_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    from kimi_linear.kernels.triton.saved import shapes_of
+
+    q, v, cu_seqlens = inputs[0], inputs[2], inputs[8]
+    output, state = _forward_fake(*inputs)
+    (batch, tokens, _, key_dim), (v_heads, value_dim), packed = q.shape, v.shape[2:], cu_seqlens is not None
+    shapes = shapes_of(batch, tokens, state.shape[0], v_heads, key_dim, value_dim, q.dtype, packed)
+    return output, state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values())
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: _DIFFERENTIABLE + 1], output[0])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*inputs[: _DIFFERENTIABLE + 1], output[0], *output[2:])
     ctx.numbers = inputs[_DIFFERENTIABLE + 1 :]
 
 
-def _gradients(ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, output = ctx.saved_tensors
+def _gradients(ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors[: _DIFFERENTIABLE + 1]
+    output, *saved = ctx.saved_tensors[_DIFFERENTIABLE + 1 :]
     d_output = torch.zeros_like(output) if d_output is None else d_output
-    found = BACKWARD(*inputs, *ctx.numbers, output, d_output, d_final_state)
+    found = BACKWARD(*inputs, *ctx.numbers, saved, output, d_output, d_final_state)
     given = [None if x is None else dx for x, dx in zip(inputs[:_DIFFERENTIABLE], found, strict=True)]
     return (*given, *[None] * (1 + len(ctx.numbers)))
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     from kimi_linear.kernels.triton.chunk_kda import backward
+    from kimi_linear.kernels.triton.saved import Saved
 
-    *inputs, output, d_output, d_final_state = arguments
-    found = backward(_problem(*inputs), output, d_output, d_final_state)
+    *inputs, saved, output, d_output, d_final_state = arguments
+    found = backward(_problem(*inputs), Saved(*saved), output, d_output, d_final_state)
     # A schema has no optional results: an input that was not given has an empty gradient.
     return tuple(inputs[0].new_empty(0) if x is None else x for x in found)
 
@@ -114,15 +137,16 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 BACKWARD = define(
-    f"chunk_kda_backward({_INPUTS}, Tensor output, Tensor d_output, Tensor? d_final_state) -> "
+    f"chunk_kda_backward({_INPUTS}, Tensor[] saved, Tensor output, Tensor d_output, Tensor? d_final_state) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
 )
-FORWARD = define(
-    f"chunk_kda_forward({_INPUTS}) -> (Tensor, Tensor)",
-    kernel=_forward,
-    fake=_forward_fake,
+FORWARD = define(f"chunk_kda_forward({_INPUTS}) -> (Tensor, Tensor)", kernel=_forward, fake=_forward_fake)
+TRAIN = define(
+    f"chunk_kda_train({_INPUTS}) -> ({', '.join(['Tensor'] * (2 + _SAVED))})",
+    kernel=_train,
+    fake=_train_fake,
     setup_context=_setup,
     backward=_gradients,
 )

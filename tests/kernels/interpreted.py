@@ -8,7 +8,7 @@ to the sum of the terms' magnitudes.
 
 import torch
 
-from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward
+from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward_to_train
 from kimi_linear.ops import chunk_kda as public
 from kimi_linear.testing.factories import GATE_KINDS, KDAInputs, kda_inputs
 from kimi_linear.testing.tolerances import relative_error
@@ -73,8 +73,8 @@ def main() -> None:
                 if raw:
                     sizes[5:7] = sizes_of_sums(wide, d_decay, true[3])
                 problem = problem_of(inputs)
-                output, state, _ = forward(problem)
-                gradients = backward(problem, output, d_output.float(), d_state.float())
+                output, state, saved = forward_to_train(problem)
+                gradients = backward(problem, saved, output, d_output.float(), d_state.float())
                 found = [x for x in gradients if x is not None]
                 errors = [relative_error(output, exact.output), relative_error(state, exact.final_state)]
                 errors += [(a - b).norm() / size.norm() for a, b, size in zip(found, true, sizes, strict=True)]

@@ -10,7 +10,7 @@ import math
 import torch
 from interpreted import problem_of
 
-from kimi_linear.kernels.triton.chunk_kda import _laid_out, _layout_of, _tiles, backward, forward
+from kimi_linear.kernels.triton.chunk_kda import _laid_out, _layout_of, _tiles, backward, forward_to_train
 from kimi_linear.ops import chunk_kda as public
 from kimi_linear.testing.factories import KDAInputs, kda_inputs
 from kimi_linear.testing.tolerances import relative_error
@@ -46,8 +46,8 @@ def case(name: str, inputs: KDAInputs) -> None:
     tiles = _tiles(_laid_out(problem), _layout_of(problem), save=False)
     steep, anchored = tiles.anchors > 0, tiles.anchors < 0
     assert torch.equal(tiles.flags > 0, steep.any(-1))
-    output, state, _ = forward(problem)
-    found = [x for x in backward(problem, output, d_output.float(), d_state.float()) if x is not None]
+    output, state, saved = forward_to_train(problem)
+    found = [x for x in backward(problem, saved, output, d_output.float(), d_state.float()) if x is not None]
     pairs = zip((output, state, *found), (exact.output, exact.final_state, *true), strict=True)
     print("case", name, int(anchored.sum()), int(steep.sum()), max(float(relative_error(a, b)) for a, b in pairs))
 
@@ -83,8 +83,8 @@ def prefix(name: str, cut: int, tokens: int = 48) -> None:
         problem = problem_of(inputs)
         anchors = _tiles(_laid_out(problem), _layout_of(problem), save=False).anchors[0, 0, cut // 16]
         kinds.append((int((anchors < 0).sum()), int((anchors > 0).sum())))
-        output, _, _ = forward(problem)
-        gradients = backward(problem, output, d_output, None)
+        output, _, saved = forward_to_train(problem)
+        gradients = backward(problem, saved, output, d_output, None)
         runs.append([x[:, :cut] for x in (output, *gradients[:5])])
     errors = [[float(relative_error(a, b)) for a, b in zip(run, runs[0], strict=True)] for run in runs[1:]]
     of_output, of_gradients = max(e[0] for e in errors), max(max(e[1:]) for e in errors)

@@ -25,7 +25,7 @@ def test_states_and_registrations() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert sorted(kind for kind, _, _ in lines) == ["opcheck"] * 6 + ["past the end"] + ["value"] * 6
+    assert sorted(kind for kind, _, _ in lines) == ["opcheck"] * 8 + ["past the end"] + ["value"] * 6
     for kind, name, found in lines:
         if kind == "value":
             assert float(found) < 1e-5, name  # fp32 rounding, a digit over what is seen

@@ -38,7 +38,7 @@ def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 4000) -> lis
     """Every kernel of both directions, with all that they can do switched on, in bf16."""
     from kimi_linear.kernels.triton.scan import scan
     from kimi_linear.kernels.triton.scan_backward import scan_backward
-    from kimi_linear.kernels.triton.segments import Cut
+    from kimi_linear.kernels.triton.cuts import Cut
 
     chunks, cut = 2 * -(-tokens // 128), Cut(most=4)
 
@@ -78,7 +78,7 @@ def test_another_length_compiles_nothing_new() -> None:
 
 
 def test_a_cut_follows_the_length_alone_and_leaves_room_for_every_boundary() -> None:
-    from kimi_linear.kernels.triton.segments import Cut, choose_cut, plan
+    from kimi_linear.kernels.triton.cuts import Cut, choose_cut, plan
 
     assert choose_cut(32, 128).segments(10**6) == 1  # 32 heads in slices of 32 fill the chip
     assert choose_cut(4, 128).segments(1024) == 8

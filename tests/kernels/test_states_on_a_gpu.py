@@ -84,7 +84,7 @@ def test_past_the_end_of_a_packed_sequence_is_nan_and_nobody_elses() -> None:
 COMPILED = """
 import torch
 from kimi_linear.ops import chunk_kda_states
-from kimi_linear.ops.chunk_kda_operator import BACKWARD, FORWARD, STATES
+from kimi_linear.ops.chunk_kda_operator import BACKWARD, FORWARD, STATES, TRAIN
 from kimi_linear.testing.factories import kda_inputs
 
 inputs = kda_inputs(1, 150, 2, 4, 64, lengths=[100, 50], dtype=torch.bfloat16, device="cuda")
@@ -94,10 +94,9 @@ with torch.no_grad():
     for a, b in zip(torch.compile(run, fullgraph=True)(*parts), run(*parts), strict=True):
         assert torch.equal(a, b)
 given = (*parts, None, None, inputs.initial_state, inputs.cu_seqlens, None, 0.1, False)
-leaves = tuple(x.clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in given)
-output, state = (x.detach() for x in FORWARD(*given))
-torch.library.opcheck(FORWARD, leaves)
-torch.library.opcheck(BACKWARD, (*given, output, output, state))
+output, state, *saved = (x.detach() for x in TRAIN(*given))
+torch.library.opcheck(FORWARD, given)
+torch.library.opcheck(BACKWARD, (*given, saved, output, output, state))
 torch.library.opcheck(STATES, (*given, [0], [64]))
 """
 

@@ -79,7 +79,7 @@ def test_channels_that_one_anchor_does_not_serve() -> None:
 
 def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 200) -> list[Launch]:
     """Every kernel of both directions for packed sequences, a raw gate and the norm, in bf16."""
-    from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward
+    from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward_to_train
 
     def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -92,8 +92,8 @@ def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 200) -> list
         initial_state=made(2, 1, value_dim, key_dim, dtype=wide), cu_seqlens=torch.tensor([0, tokens // 2, tokens]),
     )  # fmt: skip
     with compiled_for(arch) as launches:
-        output, state, _ = forward(problem)
-        backward(problem, output, output, state)
+        output, state, saved = forward_to_train(problem)
+        backward(problem, saved, output, output, state)
     return launches
 
 
@@ -115,7 +115,7 @@ def test_compiles_within_bounds(key_dim: int, value_dim: int, arch: int) -> None
         assert launch.stack <= SPILLED.get(launch.kernel, 0), launch
 
 
-SPILLED = {"pair_backward_kernel": 192, "value_backward_kernel": 8}
+SPILLED = {"pair_backward_kernel": 488, "value_backward_kernel": 8}
 """Bytes a thread, where what spills nothing was slower on an H200: see docs/LOG.md."""
 
 

@@ -47,7 +47,7 @@ def test_exact_at_every_gate(gate: str, layout: str, raw: bool) -> None:
 @pytest.mark.parametrize("value_dim", [32, 64, 128, 256])
 def test_every_width(key_dim: int, value_dim: int) -> None:
     inputs = kda_inputs(
-        1, 150, 2, key_dim=key_dim, value_dim=value_dim, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda"
+        1, 150, 8, key_dim=key_dim, value_dim=value_dim, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda"
     )
     exact = call(inputs.to(torch.float64), impl="torch")
     assert relative_error(call(inputs).output, exact.output) < LIMIT
@@ -127,7 +127,7 @@ def test_gradients_at_every_gate(gate: str, layout: str, raw: bool) -> None:
 @pytest.mark.parametrize("value_dim", [32, 64, 128, 256])
 def test_gradients_of_every_width(key_dim: int, value_dim: int) -> None:
     inputs = kda_inputs(
-        1, 150, 2, key_dim=key_dim, value_dim=value_dim, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda"
+        1, 150, 8, key_dim=key_dim, value_dim=value_dim, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda"
     )
     d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)
     exact = gradients(inputs.to(torch.float64), d_output.double(), None, "torch")
@@ -297,7 +297,7 @@ def test_is_a_sound_operator_of_torch() -> None:
         inputs.q, inputs.k, inputs.v, gate.x, inputs.beta, gate.A_log, gate.dt_bias, inputs.initial_state, None, None,
         32**-0.5, True,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.kimi_linear.chunk_kda_forward.default, arguments)
+    torch.library.opcheck(torch.ops.kimi_linear.chunk_kda_train.default, arguments)
 
 
 def test_auto_takes_it_with_a_gradient_too() -> None:

@@ -90,6 +90,7 @@ def test_a_bf16_model_decodes_through_the_fused_step() -> None:
 
 
 @pytest.mark.unpoisoned  # the deterministic mode has waits of its own
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("preset", ["tiny-moe", "tiny/mla"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_decoded_token_never_makes_the_host_wait(preset: str, rows: int) -> None:

@@ -157,6 +157,7 @@ def test_few_tokens_on_a_gpu_against_a_loop(tokens: int, dtype: torch.dtype, mon
 
 @pytest.mark.gpu
 @pytest.mark.unpoisoned  # the deterministic mode has waits of its own
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("tokens", [1, 2, 3, 64])
 def test_the_host_never_waits_for_the_experts(tokens: int) -> None:
     x, _, gate_up, down = (t.cuda() if isinstance(t, Tensor) else t for t in make(tokens, 40, 8, torch.bfloat16))

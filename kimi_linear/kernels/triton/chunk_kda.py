@@ -1,12 +1,11 @@
 """Kimi Delta Attention in parallel chunks, forward and backward: which kernels run, on which buffers, for how long.
 
     forward     prepare, steep, solve (all chunks at once) -> scan (chunk after chunk)
-    backward    prepare, steep, solve, scan again     what they made is cheaper to make again than to keep
-                scan_backward                         d_u' and the gradient of every chunk's state
+    backward    scan_backward                         d_u' and the gradient of every chunk's state
                 value_backward, state_backward, pair_backward, steep     all chunks at once
 
-Raw gate, l2 norm and beta go in as they are; no fp32 gate tensor is made. Exact at every gate. Between the two passes
-only the inputs and the output are kept.
+Raw gate, l2 norm and beta go in as they are; no fp32 gate tensor is made. Exact at every gate. What is kept between the two
+passes: saved.py.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kimi_linear.kernels.triton.common import CHUNK, stretches
+from kimi_linear.kernels.triton.common import stretches
 from kimi_linear.kernels.triton.configs import config_of
 from kimi_linear.kernels.triton.pair_backward import pair_backward_kernel
 from kimi_linear.kernels.triton.prepare import prepare_kernel
+from kimi_linear.kernels.triton.saved import CHUNK, Saved, count_chunks
 from kimi_linear.kernels.triton.scan import ScanResult, scan
 from kimi_linear.kernels.triton.scan_backward import scan_backward
 from kimi_linear.kernels.triton.segments import precision_of, shape_class
@@ -114,31 +114,45 @@ def forward(problem: Problem, *, export: Sequence[tuple[int, int]] = ()) -> tupl
     return output, result.final_state, result.exported
 
 
-def backward(problem: Problem, output: Tensor, d_output: Tensor, d_final_state: Tensor | None) -> Gradients:
-    """The gradients, of the output [B, T, HV, V] of ``forward`` and of its final state (None: no gradient reaches it)."""
+def forward_to_train(problem: Problem) -> tuple[Tensor, Tensor, Saved]:
+    """Output and final state as ``forward``, and what ``backward`` needs."""
+    problem = _laid_out(problem)
+    layout = _layout_of(problem)
+    prepared, tiles = _prepare(problem, layout, save=True)
+    output, result = _scan(problem, layout, prepared, save=True)
+    assert prepared.inverse is not None
+    assert tiles.norms is not None
+    assert result.states is not None
+    assert result.written is not None
+    operators = result.operators
+    if operators is None:
+        operators = prepared.decay.new_empty(0, *result.final_state.shape[1:2], *[problem.q.shape[3]] * 2)
+    return output, result.final_state, Saved(
+        late=tiles.late, write=prepared.write, pairs_q=prepared.pairs_q, inverse=prepared.inverse, decay=prepared.decay,
+        anchors=tiles.anchors, totals=tiles.totals, flags=tiles.flags, norms=tiles.norms, states=result.states,
+        written=result.written, operators=operators,
+    )  # fmt: skip
+
+
+def backward(
+    problem: Problem, saved: Saved, output: Tensor, d_output: Tensor, d_final_state: Tensor | None
+) -> Gradients:
+    """The gradients, of what ``forward_to_train`` gave; of its final state where ``d_final_state`` is given."""
     problem = _laid_out(problem)
     layout = _layout_of(problem)
     d_output, output = d_output.contiguous(), output.contiguous()
     d_final_state = None if d_final_state is None else d_final_state.float().contiguous()
-    prepared, tiles = _prepare(problem, layout, save=True)
-    tiles = tiles[2:]  # the rest is overwritten by what the scan reads
-    # The output is there already; where it would go again is where dv goes next.
-    dv, result = _scan(problem, layout, prepared, save=True)
-    erase, _, read, write, pairs_q, decay, inverse = prepared
-    states, written, operators = result.states, result.written, result.operators
-    del prepared, result  # u is needed no more
+    read, erase = saved.late
     reverse = scan_backward(
-        erase, read, write, pairs_q, decay, d_output, d_final_state, operators, problem.cu_seqlens, layout.cu_chunks,
-        initial=problem.initial_state is not None,
+        erase, read, saved.write, saved.pairs_q, saved.decay, d_output, d_final_state, saved.operators, problem.cu_seqlens,
+        layout.cu_chunks, initial=problem.initial_state is not None,
     )  # fmt: skip
-    del erase, read, write, pairs_q, operators
     d_right, d_states, d_initial = reverse.d_written, reverse.d_states, reverse.d_initial_state
-    assert inverse is not None
-    assert states is not None
-    assert written is not None
-    of_pairs = _value_backward(problem, layout, inverse, written, d_right, output, d_output, dv)
-    raw = _state_backward(problem, layout, states, d_states, written, d_right, d_output)
-    return _pair_backward(problem, layout, tiles, of_pairs, raw, dv, d_initial)
+    dv = torch.empty(problem.v.shape, dtype=problem.v.dtype, device=problem.v.device)
+    of_pairs = _value_backward(problem, layout, saved.inverse, saved.written, d_right, output, d_output, dv)
+    raw = _state_backward(problem, layout, saved.states, d_states, saved.written, d_right, d_output)
+    del reverse, d_states, d_right
+    return _pair_backward(problem, layout, saved, of_pairs, raw, dv, d_initial)
 
 
 def _tiles(problem: Problem, layout: _Layout, *, save: bool) -> _Tiles:
@@ -180,7 +194,7 @@ def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared
     solving, steeping = config_of("kda_solve", q, shape), config_of("kda_steep", q, shape)
     if chunks:
         place = (problem.cu_seqlens, layout.cu_chunks)
-        steep_kernel[(4 * chunks, v_heads)](
+        steep_kernel[(chunks, v_heads)](
             q, k, gate, problem.A_log, problem.dt_bias, *place, tiles.anchors, tiles.flags, steep,
             problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens, q.stride(1), k.stride(1), gate.stride(1),
             heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
@@ -256,14 +270,14 @@ def _state_backward(
 
 
 def _pair_backward(
-    problem: Problem, layout: _Layout, tiles: tuple[Tensor | None, ...], of_pairs: tuple[Tensor, Tensor, Tensor],
+    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor],
     raw: tuple[Tensor, Tensor, Tensor, Tensor], dv: Tensor, d_initial: Tensor | None,
 ) -> Gradients:  # fmt: skip
     q, k, gate, beta, A_log, dt_bias = (
         problem.q, problem.k, problem.gate, problem.beta, problem.A_log, problem.dt_bias,
     )  # fmt: skip
     (batch, tokens, heads, key_dim), v_heads, device = q.shape, problem.v.shape[2], q.device
-    anchors, totals, flags, norms = tiles
+    anchors, totals, flags, norms = saved.anchors, saved.totals, saved.flags, saved.norms
     dq, dk, d_gate, d_decay = raw
     shape, packed, lower_bound = (
         shape_class(key_dim, q.dtype),
@@ -279,15 +293,18 @@ def _pair_backward(
         given = (q, k, gate, beta, A_log, dt_bias, problem.cu_seqlens, layout.cu_chunks)
         results = (dq, dk, d_gate, d_beta, d_A, d_bias)
         strides = (q.stride(1), k.stride(1), gate.stride(1), beta.stride(1))
-        pair_backward_kernel[(chunks * slices, v_heads)](
-            *given, stretches(device), anchors, totals, norms, *of_pairs, d_decay, *results, problem.scale, lower_bound,
-            layout.sequences, tokens, batch * tokens, *strides, heads, v_heads, key_dim, block, pair["STAGES"],
-            layout.kind, problem.normalize, packed, layout.dot, layout.precision,
-            num_warps=pair.num_warps, num_stages=pair.num_stages,
-        )  # fmt: skip
-        steep_backward_kernel[(chunks, v_heads)](
-            *given, anchors, flags, norms, *of_pairs[:2], *results, lower_bound, layout.sequences, tokens, *strides, heads,
-            v_heads, key_dim, layout.kind, packed, layout.dot, num_warps=steep.num_warps, num_stages=steep.num_stages,
+        widths = torch.empty(chunks, v_heads, slices, dtype=torch.int32, device=device)
+        for width in (64, 32, 16):  # the first launch finds out which slices are the others'
+            pair_backward_kernel[(chunks * slices, v_heads)](
+                *given, stretches(device), anchors, totals, flags, norms, *of_pairs, d_decay, widths, *results, problem.scale,
+                lower_bound, layout.sequences, tokens, batch * tokens, *strides, heads, v_heads, key_dim, block,
+                width, layout.kind, problem.normalize, packed, layout.dot, layout.precision,
+                num_warps=pair.num_warps, num_stages=pair.num_stages,
+            )  # fmt: skip
+        steep_backward_kernel[(chunks * slices, v_heads)](
+            *given, anchors, flags, norms, *of_pairs[:2], *results, lower_bound, layout.sequences, tokens, batch * tokens,
+            *strides, heads, v_heads, key_dim, block, layout.kind, packed, layout.dot,
+            num_warps=steep.num_warps, num_stages=steep.num_stages,
         )  # fmt: skip
     if heads != v_heads:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3).to(q.dtype) for x in (dq, dk))
@@ -301,17 +318,16 @@ def _pair_backward(
 
 def _layout_of(problem: Problem) -> _Layout:
     batch, tokens = problem.q.shape[:2]
-    sequences, chunks, cu_chunks = batch, batch * -(-tokens // CHUNK), None
+    sequences, cu_chunks = batch, None
     cu_seqlens = problem.cu_seqlens
     if cu_seqlens is not None:
         sequences = cu_seqlens.numel() - 1
         # Sequence n begins at chunk n + (its first token) // C, which leaves room for as many as it may have: three small
         # launches, where counting exactly took nine. A chunk that nobody needs is empty, as are those behind the last.
         cu_chunks = torch.arange(sequences + 1, dtype=torch.int32, device=cu_seqlens.device).add_(cu_seqlens // CHUNK)
-        chunks = tokens // CHUNK + sequences  # the exact number would make the host wait
     return _Layout(
         sequences=sequences,
-        chunks=chunks,
+        chunks=count_chunks(batch, tokens, sequences, cu_seqlens is not None),
         cu_chunks=cu_chunks,
         kind=0 if problem.A_log is None else 1 if problem.lower_bound is None else 2,
         dot=tl.float32 if problem.q.dtype == torch.float32 else tl.bfloat16,

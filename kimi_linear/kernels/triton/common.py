@@ -13,23 +13,27 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 64
-"""C, tokens per chunk, in four tiles of 16."""
+from kimi_linear.kernels.triton.saved import CHUNK
+
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_RANGE = tl.constexpr(120.0)  # 2^120 times a product of normalized rows stays finite in fp32 and bf16
 DEEPEST = tl.constexpr(110.0)  # of an anchor: 2^-110 times what is above 2^-16 is no denormal yet
 STEEP = tl.constexpr(1.0)  # in place of an anchor, which is never above 0
+G = tl.constexpr(16)
+"""Channels of a group, which has one bit in a tile's flags: steep channels are few."""
 TILE = tl.constexpr(0)  # of ``stretches``: from the start of a tile of 16 through the token
 REST = tl.constexpr(1)  # after the token to its tile's end
 INTO = tl.constexpr(2)  # from the chunk's start through the token
+HALF = tl.constexpr(3)  # from the start of a half of 32 through the token
 
 
 @cache
 def stretches(device: torch.device) -> torch.Tensor:
-    """[3, C, C] bf16 of 0 and 1: row r of each marks the tokens whose log-decays are summed for token r."""
+    """[4, C, C] bf16 of 0 and 1: row r of each marks the tokens whose log-decays are summed for token r."""
     r, c = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
     tile = r // 16 == c // 16
-    return torch.stack([tile & (c <= r), tile & (c > r), c <= r]).to(device=device, dtype=torch.bfloat16)
+    half = r // 32 == c // 32
+    return torch.stack([tile & (c <= r), tile & (c > r), c <= r, half & (c <= r)]).to(device=device, dtype=torch.bfloat16)
 
 
 @triton.jit

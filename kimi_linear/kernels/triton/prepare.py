@@ -9,7 +9,8 @@ early = k 2^(total - p), faded to the tile's end, ``anchors`` holds STEEP, and t
 
 No product: everything stays in the layout of the loads, with few registers, and many programs hide the memory's latency.
 Grid (4 * chunks, HV). Outputs lie chunk by chunk: late [2, chunks, HV, C, K] (q times scale, then k), early [chunks, HV, C, K],
-anchors, totals [chunks, HV, 4, K] fp32, flags [chunks, HV, 4] int32, 1 where a tile has steep channels; with SAVE also norms
+anchors, totals [chunks, HV, 4, K] fp32, flags [chunks, HV, 4] int32, a bit for every G channels
+of a tile, set where one of them is steep; with SAVE also norms
 [chunks, HV, 2, C] fp32, what the rows of k and of q were scaled by.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.common import DEEPEST, MAX_RANGE, STEEP, chunk_log2_decay, chunk_of, power2
+from kimi_linear.kernels.triton.common import DEEPEST, MAX_RANGE, G, STEEP, chunk_log2_decay, chunk_of, power2
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
@@ -66,7 +67,8 @@ def prepare_kernel(
     place = (at * 4 + tile) * K + dim
     tl.store(totals + place, total)
     tl.store(anchors + place, tl.where(steep, STEEP, anchor))
-    tl.store(flags + at * 4 + tile, tl.max(steep.to(tl.int32), 0))
+    groups = tl.max(tl.reshape(steep.to(tl.int32), [K // G, G]), 1)
+    tl.store(flags + at * 4 + tile, tl.sum(groups << tl.arange(0, K // G), 0))
     if SAVE:
         tl.store(norms + at * 2 * C + tile * 16 + row, norm_k)
         tl.store(norms + (at * 2 + 1) * C + tile * 16 + row, norm_q)

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from kimi_linear.kernels.triton.common import CHUNK
 from kimi_linear.kernels.triton.configs import Config, config_of
+from kimi_linear.kernels.triton.cuts import Cut, choose_cut, plan
 from kimi_linear.kernels.triton.segments import (
-    Cut,
     build,
-    choose_cut,
     combine,
     first_boundary,
     place_of_program,
-    plan,
     precision_of,
     segment_of,
     segments_of,

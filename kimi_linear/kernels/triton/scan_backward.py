@@ -15,14 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_linear.kernels.triton.configs import Config, config_of
+from kimi_linear.kernels.triton.cuts import Cut, choose_cut, plan
 from kimi_linear.kernels.triton.segments import (
-    Cut,
     boundary_of,
-    choose_cut,
     combine,
     first_boundary,
     place_of_program,
-    plan,
     precision_of,
     segment_of,
     segments_of,

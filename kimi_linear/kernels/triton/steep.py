@@ -1,9 +1,10 @@
-"""Pairs inside the tiles and channels that prepare.py calls steep, and their backward: key by key, without products.
+"""Pairs inside the tiles and channels that prepare.py calls steep, and their backward: pair by pair, without products.
 
     keys[r, i] = sum_k k_r k_i 2^(p_r - p_i), i < r    queries the same with scale q_r, and i <= r
 
 p as in prepare.py, in fp32: the exponent is known to 2^-12 even where a step forgets 2^-140. Nearly all programs end at once,
-for a steep channel forgets more than 2^-MAX_RANGE in a tile twice over. Grid (4 * chunks, HV), one program per tile.
+for a steep channel forgets more than 2^-MAX_RANGE in a tile twice over. Of a tile that has one, groups of G channels with a
+steep one are computed whole, all 16 x 16 pairs at once. Grid (chunks, HV), one program per chunk.
 steep [chunks, HV, 2, C, 16] fp32, queries then keys, columns counted from the tile's start; written only in chunks with a
 steep tile, there whole.
 """
@@ -13,7 +14,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.common import STEEP, chunk_log2_decay, chunk_of, gate_gradient, power2
+from kimi_linear.kernels.triton.common import STEEP, G, chunk_log2_decay, chunk_of, gate_gradient, power2
+
+@triton.jit
+def _rows(x, base, row, inside, stride, K: tl.constexpr, NORMALIZE: tl.constexpr):
+    """What the rows [16] of q or k are scaled by."""
+    if NORMALIZE:
+        dim = tl.arange(0, K)
+        whole = tl.load(x + base + row[:, None] * stride + dim[None, :], inside, 0.0).to(tl.float32)
+        return tl.rsqrt(tl.sum(whole * whole, 1) + 1e-6)
+    return tl.full([16], 1.0, tl.float32)
+
+
+@triton.jit
+def _fading(gate, dt_bias, row, inside, here, dim, stride, amount, lower_bound, GATE: tl.constexpr, DOT: tl.constexpr):
+    """(gate values, log2-decays, F [16, 16, G]): F[r, i] = 2^(p_r - p_i), 1 where i > r."""
+    x = tl.load(gate + row[:, None] * stride + dim[None, :], inside, 0.0).to(tl.float32)
+    if GATE != 0:
+        x += tl.load(dt_bias + dim).to(tl.float32)[None, :]
+    g = tl.where(here, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0)
+    p = tl.cumsum(g, 0)
+    return x, g, power2(tl.minimum(p[:, None, :] - p[None, :, :], 0.0), DOT)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
@@ -24,46 +45,45 @@ def steep_kernel(
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = 64
-    chunk, tile, hv = tl.program_id(0) // 4, tl.program_id(0) % 4, tl.program_id(1)
-    h = hv // (HV // H)
-    start, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
-    if start >= stop:
-        return
+    chunk, hv = tl.program_id(0), tl.program_id(1)
     at = chunk.to(tl.int64) * HV + hv
+    first, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
+    if first >= stop:
+        return
     if tl.max(tl.load(flags + at * 4 + tl.arange(0, 4)), 0) == 0:
         return
-    start += tile * 16
-    row, column, dim = tl.arange(0, 16), tl.arange(0, 16), tl.arange(0, K)
-    r, d = row[:, None], dim[None, :]
-    cell = (tile * 16 + r) * 16 + column[None, :]
-    if tl.load(flags + at * 4 + tile) == 0:
-        tl.store(steep + at * 2 * C * 16 + cell, tl.zeros([16, 16], tl.float32))
-        tl.store(steep + (at * 2 + 1) * C * 16 + cell, tl.zeros([16, 16], tl.float32))
-        return
-    inside = (row < (stop - start).to(tl.int32))[:, None]
-    here = (tl.load(anchors + (at * 4 + tile) * K + dim) == STEEP)[None, :]
-    b_k = tl.load(k + start * stride_k + h * K + r * stride_k + d, inside, 0.0).to(tl.float32)
-    b_q = tl.load(q + start * stride_q + h * K + r * stride_q + d, inside, 0.0).to(tl.float32)
-    x = tl.load(gate + start * stride_g + hv * K + r * stride_g + d, inside, 0.0).to(tl.float32)
+    h = hv // (HV // H)
+    row, column = tl.arange(0, 16), tl.arange(0, 16)
     amount = 0.0
     if GATE != 0:
         amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
-        x += tl.load(dt_bias + hv * K + dim).to(tl.float32)[None, :]
-    g = tl.where(inside, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0)
-    p = tl.cumsum(g, 0)
-    if NORMALIZE:
-        b_k *= tl.rsqrt(tl.sum(b_k * b_k, 1) + 1e-6)[:, None]
-        b_q *= tl.rsqrt(tl.sum(b_q * b_q, 1) + 1e-6)[:, None]
-    b_q *= scale
-    b_k, b_q = tl.where(here, b_k, 0.0), tl.where(here, b_q, 0.0)
-    queries, keys = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
-    for i in range(16):
-        k_i, p_i = tl.sum(tl.where(r == i, b_k, 0.0), 0), tl.sum(tl.where(r == i, p, 0.0), 0)
-        faded = k_i[None, :] * power2(tl.minimum(p - p_i[None, :], 0.0), DOT)
-        queries += tl.where(column[None, :] == i, tl.sum(b_q * faded, 1)[:, None], 0.0)
-        keys += tl.where(column[None, :] == i, tl.sum(b_k * faded, 1)[:, None], 0.0)
-    tl.store(steep + at * 2 * C * 16 + cell, queries)
-    tl.store(steep + (at * 2 + 1) * C * 16 + cell, keys)
+        dt_bias += hv * K
+    for tile in range(4):
+        queries, keys = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
+        groups = tl.load(flags + at * 4 + tile)
+        if groups > 0:
+            start = first + tile * 16
+            inside = (row < (stop - start).to(tl.int32))[:, None]
+            norm_k = _rows(k, start * stride_k + h * K, row, inside, stride_k, K, NORMALIZE)
+            norm_q = _rows(q, start * stride_q + h * K, row, inside, stride_q, K, NORMALIZE) * scale
+            for group in range(K // G):
+                if (groups >> group) & 1:
+                    dim = group * G + tl.arange(0, G)
+                    own = tl.load(anchors + (at * 4 + tile) * K + dim) == STEEP
+                    here, d = inside & own[None, :], dim[None, :]
+                    b_k = tl.load(k + start * stride_k + h * K + row[:, None] * stride_k + d, here, 0.0).to(tl.float32)
+                    b_q = tl.load(q + start * stride_q + h * K + row[:, None] * stride_q + d, here, 0.0).to(tl.float32)
+                    b_k, b_q = b_k * norm_k[:, None], b_q * norm_q[:, None]
+                    _, _, fading = _fading(
+                        gate + start * stride_g + hv * K, dt_bias, row, inside, here, dim, stride_g, amount, lower_bound,
+                        GATE, DOT,
+                    )  # fmt: skip
+                    faded = b_k[None, :, :] * fading
+                    queries += tl.sum(b_q[:, None, :] * faded, 2)
+                    keys += tl.sum(b_k[:, None, :] * faded, 2)
+        cell = (tile * 16 + row[:, None]) * 16 + column[None, :]
+        tl.store(steep + at * 2 * C * 16 + cell, queries)
+        tl.store(steep + (at * 2 + 1) * C * 16 + cell, keys)
 
 
 @triton.jit
@@ -74,71 +94,72 @@ def _add(to, value, mask):
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def steep_backward_kernel(
     q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, flags, norms, d_keys, d_pairs,
-    dq, dk, d_gate, d_beta, d_A, d_bias, lower_bound, num_sequences, tokens, stride_q, stride_k, stride_g, stride_beta,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+    dq, dk, d_gate, d_beta, d_A, d_bias, lower_bound, num_sequences, tokens, num_tokens, stride_q, stride_k, stride_g,
+    stride_beta, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Added to what pair_backward.py has left, in its dtype: one program per chunk, its tiles one after the other.
+    """Added to what pair_backward.py has left, in its dtype, its partial sums too; its grid.
 
-    d_beta [B, T, HV], d_A and d_bias [chunks, HV, K]: partial sums that pair_backward.py left, d_beta the first of its own.
+    A slice of channels a program, not a tile: no other one adds to the same sums.
     """
     C: tl.constexpr = 64
-    chunk, hv = tl.program_id(0), tl.program_id(1)
-    h = hv // (HV // H)
+    SLICES: tl.constexpr = K // BK
+    part, chunk, hv = tl.program_id(0) % SLICES, tl.program_id(0) // SLICES, tl.program_id(1)
+    at = chunk.to(tl.int64) * HV + hv
     first, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
     if first >= stop:
         return
-    at = chunk.to(tl.int64) * HV + hv
-    row, dim = tl.arange(0, 16), tl.arange(0, K)
-    r, d = row[:, None], dim[None, :]
+    first_group, mine = part * (BK // G), tl.sum(1 << tl.arange(0, BK // G), 0)
+    if tl.max((tl.load(flags + at * 4 + tl.arange(0, 4)) >> first_group) & mine, 0) == 0:
+        return
+    d_beta += part.to(tl.int64) * num_tokens * HV
+    h = hv // (HV // H)
+    row = tl.arange(0, 16)
     amount = 0.0
     if GATE != 0:
         amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
         dt_bias += hv * K
     for tile in range(4):
-        if tl.load(flags + at * 4 + tile) > 0:
+        groups = (tl.load(flags + at * 4 + tile) >> first_group) & mine
+        if groups > 0:
             start = first + tile * 16
             valid = row < (stop - start).to(tl.int32)
             inside = valid[:, None]
-            here = inside & (tl.load(anchors + (at * 4 + tile) * K + dim) == STEEP)[None, :]
             norm = norms + at * 2 * C + tile * 16 + row
-            norm_k, norm_q = tl.load(norm), tl.load(norm + C)
-            b_beta = tl.load(beta + (start + row) * stride_beta + hv, valid, 0.0).to(tl.float32)
-            b_k = tl.load(k + start * stride_k + h * K + r * stride_k + d, here, 0.0).to(tl.float32) * norm_k[:, None]
-            b_q = tl.load(q + start * stride_q + h * K + r * stride_q + d, here, 0.0).to(tl.float32) * norm_q[:, None]
-            x = tl.load(gate + start * stride_g + hv * K + r * stride_g + d, inside, 0.0).to(tl.float32)
-            if GATE != 0:
-                x += tl.load(dt_bias + dim).to(tl.float32)[None, :]
-            g = tl.where(here, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0)
-            p = tl.cumsum(g, 0)
-            to_q, to_p, to_k = (
-                tl.zeros([16, K], tl.float32),
-                tl.zeros([16, K], tl.float32),
-                tl.zeros([16, K], tl.float32),
-            )
-            z = tl.zeros([16, K], tl.float32)
-            for i in range(16):
-                k_i, p_i = tl.sum(tl.where(r == i, b_k, 0.0), 0), tl.sum(tl.where(r == i, p, 0.0), 0)
-                column = (tile * 16 + row) * C + tile * 16 + i  # d_keys and d_pairs are zero on and above the diagonal
-                of_keys = tl.load(d_keys + at * C * C + column).to(tl.float32)[:, None]
-                of_pairs = tl.load(d_pairs + at * C * C + column).to(tl.float32)[:, None]
-                factor = power2(tl.minimum(p - p_i[None, :], 0.0), DOT)
-                faded = k_i[None, :] * factor
-                to_q += of_pairs * faded
-                to_p += of_keys * faded
-                onto = (of_pairs * b_q + of_keys * b_beta[:, None] * b_k) * factor
-                z += onto * k_i[None, :]
-                onto = tl.sum(onto, 0)
-                to_k += tl.where(r == i, onto[None, :], 0.0)
-                z -= tl.where(r == i, (onto * k_i)[None, :], 0.0)
-            token = (start * HV + hv) * K + r * (HV * K) + d
-            _add(d_beta + (start + row) * HV + hv, tl.sum(b_k * to_p, 1), valid)
-            _add(dq + token, to_q * norm_q[:, None], here)
-            _add(dk + token, (to_k + b_beta[:, None] * to_p) * norm_k[:, None], here)
-            # Of all later tokens in the tile: all of them less those up to the one before.
-            dg = tl.sum(z, 0)[None, :] - tl.cumsum(z, 0) + z
-            dx, of_A = gate_gradient(x, g, dg, amount, lower_bound, GATE, DOT)
-            dx, of_A = tl.where(here, dx, 0.0), tl.where(here, of_A, 0.0)
-            _add(d_gate + token, dx, here)
-            if GATE != 0:
-                _add(d_bias + at * K + dim, tl.sum(dx, 0), dim < K)
-                _add(d_A + at * K + dim, tl.sum(of_A, 0), dim < K)
+            norm_k, norm_q = tl.load(norm)[:, None], tl.load(norm + C)[:, None]
+            b_beta = tl.load(beta + (start + row) * stride_beta + hv, valid, 0.0).to(tl.float32)[:, None]
+            # Zero on and above the diagonal.
+            pair = at * C * C + (tile * 16 + row[:, None]) * C + tile * 16 + tl.arange(0, 16)[None, :]
+            of_keys = tl.load(d_keys + pair).to(tl.float32)[:, :, None]
+            of_pairs = tl.load(d_pairs + pair).to(tl.float32)[:, :, None]
+            of_beta = tl.zeros([16], tl.float32)
+            for group in range(BK // G):
+                if (groups >> group) & 1:
+                    dim = part * BK + group * G + tl.arange(0, G)
+                    own = tl.load(anchors + (at * 4 + tile) * K + dim) == STEEP
+                    here, d = inside & own[None, :], dim[None, :]
+                    b_k = tl.load(k + start * stride_k + h * K + row[:, None] * stride_k + d, here, 0.0).to(tl.float32)
+                    b_q = tl.load(q + start * stride_q + h * K + row[:, None] * stride_q + d, here, 0.0).to(tl.float32)
+                    b_k, b_q = b_k * norm_k, b_q * norm_q
+                    x, g, fading = _fading(
+                        gate + start * stride_g + hv * K, dt_bias, row, inside, here, dim, stride_g, amount, lower_bound,
+                        GATE, DOT,
+                    )  # fmt: skip
+                    faded = b_k[None, :, :] * fading
+                    to_q, to_p = tl.sum(of_pairs * faded, 1), tl.sum(of_keys * faded, 1)
+                    later = (b_q[:, None, :] * of_pairs + (b_beta * b_k)[:, None, :] * of_keys) * fading
+                    to_k = tl.sum(later, 0)
+                    z = b_q * to_q + b_beta * b_k * to_p - b_k * to_k
+                    of_beta += tl.sum(b_k * to_p, 1)
+                    token = (start * HV + hv) * K + row[:, None] * (HV * K) + d
+                    _add(dq + token, to_q * norm_q, here)
+                    _add(dk + token, (to_k + b_beta * to_p) * norm_k, here)
+                    # Of all later tokens in the tile: all of them less those up to the one before.
+                    dg = tl.sum(z, 0)[None, :] - tl.cumsum(z, 0) + z
+                    dx, of_A = gate_gradient(x, g, dg, amount, lower_bound, GATE, DOT)
+                    dx, of_A = tl.where(here, dx, 0.0), tl.where(here, of_A, 0.0)
+                    _add(d_gate + token, dx, here)
+                    if GATE != 0:
+                        _add(d_bias + at * K + dim, tl.sum(dx, 0), own)
+                        _add(d_A + at * K + dim, tl.sum(of_A, 0), own)
+            _add(d_beta + (start + row) * HV + hv, of_beta, valid)
