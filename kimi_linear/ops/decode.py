@@ -19,6 +19,7 @@ from torch import Tensor
 from kimi_linear.ops.contract import BoundedGate, Impl, SoftplusGate
 from kimi_linear.ops.dispatch import OpFacts, choose_impl
 from kimi_linear.ops.kda import recurrent_kda
+from kimi_linear.ops.likeness import likeness
 from kimi_linear.ops.norm import GateActivation, gated_rms_norm
 from kimi_linear.ops.short_conv import short_conv
 from kimi_linear.ops.validation_decode import check_decode, check_slot_values
@@ -158,10 +159,19 @@ class Step(NamedTuple):
 
 
 _Runner = Callable[[Step, Tensor], None]
-_Kind = tuple[object, ...]
-_KNOWN: dict[object, list[tuple[_Kind, _Runner]]] = {}
-"""Kinds of calls that were checked before, and what runs them; by the shape of q, since to compare a kind costs half of
-what it costs to hash it. All layers of a model make calls of one kind."""
+
+
+class _Kind(NamedTuple):
+    """Calls of which one was checked, and what runs them: checks and the choice depend on nothing else."""
+
+    others: tuple[object, ...]
+    """Arguments that are no tensors, and which tensors there are."""
+    alike: Callable[..., bool]
+    run: _Runner
+
+
+_KNOWN: dict[torch.Size, list[_Kind]] = {}
+"""By the shape of q. All layers of a model make calls of one kind."""
 MOST_KINDS = 64
 """For one shape of q, and of such shapes."""
 
@@ -169,40 +179,37 @@ MOST_KINDS = 64
 def _run(
     step: Step, out: Tensor | None, bound: float | None, eps: float, activation: GateActivation, impl: Impl
 ) -> Tensor:
-    """A step of a known kind goes straight to its kernel: checks and the choice depend on nothing but ``kind``."""
-    kind, run = None, None
-    try:
-        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in step)
-        facts = [
-            None if x is None else (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device) for x in (*step, out)
-        ]
-        kind = (facts, bound, eps, activation, impl, needs_grad)
-        for known, runner in _KNOWN.get(step.q.shape, ()):
-            if known == kind:
-                run = runner
+    """A step of a known kind goes straight to its kernel."""
+    q, _, v, _, _, out_gate, _, _, taps_q, taps_k, taps_v, _, _, _, slots, keep = step
+    others = (
+        bound, eps, activation, impl, out_gate is None, taps_q is None, taps_k is None, taps_v is None, slots is None,
+        keep is None, out is None,
+    )  # fmt: skip
+    tensors = [x for x in (*step, out) if x is not None]
+    run = None
+    if type(q) is Tensor:
+        for kind in _KNOWN.get(q.shape, ()):
+            if kind.others == others and kind.alike(*tensors):
+                run = kind.run
                 break
-    except AttributeError:  # something that is no tensor; the checks name it
-        pass
     if run is None:
         check_decode(step._asdict() | {"out": out}, bound, eps, activation)
-        assert kind is not None
-        run = _runner(step, bound, eps, activation, impl, bool(kind[-1]))
+        run = _runner(step, bound, eps, activation, impl)
         if len(_KNOWN) >= MOST_KINDS:
             _KNOWN.clear()
-        kinds = _KNOWN.setdefault(step.q.shape, [])
+        kinds = _KNOWN.setdefault(q.shape, [])
         if len(kinds) >= MOST_KINDS:
             kinds.clear()
-        kinds.append((kind, run))
+        kinds.append(_Kind(others, likeness(tensors), run))
     if out is None:
-        out = torch.empty_like(step.v, memory_format=torch.contiguous_format)
+        out = torch.empty_like(v) if v.is_contiguous() else torch.empty_like(v, memory_format=torch.contiguous_format)
     run(step, out)
     return out
 
 
-def _runner(
-    step: Step, bound: float | None, eps: float, activation: GateActivation, impl: Impl, needs_grad: bool
-) -> _Runner:
+def _runner(step: Step, bound: float | None, eps: float, activation: GateActivation, impl: Impl) -> _Runner:
     q = step.q
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in step)
     facts = OpFacts(
         op="kda_decode",
         device=q.device.type,
@@ -225,15 +232,17 @@ def _triton(step: Step, bound: float | None, eps: float, activation: GateActivat
     from kimi_linear.kernels.triton.decode import prepare
 
     launch, device = prepare(step, lower_bound=bound, eps=eps, activation=activation), step.q.device.index
+    counted = not (step.memory.is_inference() or step.window.is_inference())
+    elsewhere = torch.cuda.device_count() > 1
 
     def run(now: Step, out: Tensor) -> None:
-        if device == torch.cuda.current_device():
-            launch(now, out)
-        else:
+        if elsewhere and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 launch(now, out)
-        # Or a graph that saved one of them would read the new values and not notice.
-        torch.autograd.graph.increment_version([x for x in (now.memory, now.window) if not x.is_inference()])
+        else:
+            launch(now, out)
+        if counted:  # or a graph that saved one of them would read the new values and not notice
+            torch.autograd.graph.increment_version((now.memory, now.window))
 
     return run
 

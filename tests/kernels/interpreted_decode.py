@@ -7,7 +7,7 @@ fp64. Prints one line per case: name, and the errors of output, memory and windo
 import torch
 
 from kimi_linear.kernels.triton.configs import Config
-from kimi_linear.kernels.triton.decode import prepare
+from kimi_linear.kernels.triton.decode import WAIT, prepare
 from kimi_linear.kernels.triton.recurrent_kda import recurrent_kda
 from kimi_linear.kernels.triton.tickets import tickets_of
 from kimi_linear.ops import recurrent_kda as public
@@ -23,6 +23,12 @@ STEPS = {
     "long window": {"batch": 2, "tokens": 2, "heads": 1, "conv_size": 6},
     "no window": {"batch": 2, "heads": 1, "conv_size": 0, "activation": "none"},
     "sliced": {"batch": 1, "tokens": 2, "heads": 1, "v_heads": 2, "key_dim": 64, "value_dim": 32},
+    "waiting": {"batch": 2, "heads": 2, "conv_size": 3},
+}
+CONFIGS = {
+    "sliced": Config(constants={"BV": 16, "PDL": 0, "LEAD": 1}, num_warps=1),
+    # One program a head, or the first would wait for those that the interpreter runs after it.
+    "waiting": Config(constants={"BV": 32, "PDL": 0, "AHEAD": 2}, num_warps=1),
 }
 
 
@@ -43,11 +49,13 @@ def step(name: str, gate: str, places: str) -> None:
         inputs.pool.memory, inputs.pool.window, slots, keep,
     )  # fmt: skip
     output = torch.full_like(inputs.v, float("nan"))
-    config = Config(constants={"BV": 16, "PDL": 0}, num_warps=1) if name == "sliced" else None
+    config = CONFIGS.get(name)
     bound = getattr(parts, "lower_bound", None)
-    run = prepare(tensors, lower_bound=bound, eps=norm.eps, activation=norm.activation, config=config)
+    ending = WAIT.value if name == "waiting" else None
+    run = prepare(tensors, lower_bound=bound, eps=norm.eps, activation=norm.activation, config=config, ending=ending)
     run(tensors, output)
-    assert not tickets_of(inputs.pool.memory, inputs.q.shape[2]).any(), "the last program did not set its ticket back"
+    count = len(inputs.pool.memory) * inputs.q.shape[2]
+    assert not tickets_of(inputs.pool.memory, count, torch.int32).any(), "the last program did not set its ticket back"
     expected = exact.step(slots=slots, keep=keep)
     pairs = [(output, expected), (inputs.pool.memory, exact.pool.memory), (inputs.pool.window, exact.pool.window)]
     print(f"{name},{gate},{places}".replace(" ", "-"), *(relative_error(a, e) for a, e in pairs))
@@ -84,7 +92,7 @@ def recurrent(gate: str, raw: bool, pool: bool) -> None:
 
 
 for case in STEPS:
-    for where in ("rows", "slots", "keep"):
+    for where in ("rows", "slots") if case == "waiting" else ("rows", "slots", "keep"):
         step(case, "init", where)
 for kind in GATE_KINDS:
     step("three tokens", kind, "keep")

@@ -4,33 +4,41 @@
     o = scale (S q + (k . q) d)              S <- S + d k^T         output = rms_norm(o) * weight * activation(gate)
 
 A step is memory traffic: the state, 64 KiB a head at K = V = 128, is read once and written once; all else is 1 % of that.
-What it waits for is latency. So a program takes BV rows of a head's state [V, K], few enough that others of the same
-processor load while it computes; it asks for everything that a token needs at once, the state first, before anything is
-computed; and it makes q, k and the gate for itself.
-
-Two things need every program of a key head to be through: the norm of the output, which is one sum over V, and the new
-window, which overwrites what the others still read. The program that arrives last does both; which one that is, an atomic
-ticket says (``tickets.py``). Raw outputs travel through ``scratch``, also where a head has one program only: however a
-head is cut, its norm is one sum in one order, so that a launch may be chosen by the number of programs and still give the same bits.
-
-S q is read from the same decayed state as S k, so that both sums run at once, in one reduction. A tile of the state lies
-as [V, K/32, 32], lines of 128 bytes; a row of it never leaves a warp, so its sum does not depend on BV or on the warps.
+What it waits for is latency. A program takes BV rows of a head's state [V, K], asks for everything that a token needs
+before anything is computed, and makes q, k and the gate for itself.
 
 Grid (V / BV, HV, B). Strides and numbers that a model fixes are constants, so a launch passes nothing but pointers. The state
-stays in registers over the tokens of a call; ``keep`` names a slot for the state after each of them. All new windows are
-written at the end.
+stays in registers over the tokens of a call; ``keep`` names a slot for the state after each of them.
+
+**The end of a head.** Two things need every program of a key head to be through: the norm of the output, which is one sum over
+V, and the new window, which overwrites what the others still read. Where a head has one program, that is all (DIRECT). Where
+all programs of a launch fit on the GPU at once, they wait for each other (WAIT): each leaves its sums of squares, in words of
+64 bits that carry the call's number, reads those of the others until their number is right, and norms its own rows, which it
+still holds. That is one way to the L2 and back, with no fence, no barrier and nothing to clear. Where they may not fit,
+nobody may wait (TICKET): raw outputs go through ``scratch``, and the program that arrives last, by an atomic ticket,
+does the rest. Words and tickets belong to a pool's slots (``tickets.py``).
+
+**The same bits** however a head is cut, so that a launch may be chosen by the number of programs. The norm is one tree of
+pairs, and two terms have one sum in either order, in any layout. Sums over K are those of a row, which never leaves a warp: a
+tile of the state lies as [V, K/32, 32], lines of 128 bytes. S q is read from the same decayed state as S k, and squares of
+q and k, which norm them afterwards, go along in the same reduction: it is one wait for all of them.
 
 A call of S tokens gives bitwise what S calls give, so that speculative decoding changes nothing. Builds for different S are
-compiled apart; left free to fuse products into sums, the compiler did so differently in each. So fusion is off, and the two
+compiled apart; left free to fuse products into sums, the compiler did so differently in each. So fusion is off, and the
 places where it pays say ``tl.fma``.
 
-From sm_90 on the kernel may be launched while the one before it still runs (PDL): it waits for that one's end before it
-reads anything, so only the launch itself is hidden.
+**What is asked for early.** From sm_90 on the kernel may be launched while the one before it still runs (PDL). It waits for
+that one's end before it uses anything, but it may ask: AHEAD = 1 brings the slot's rows and windows into the L2 before the
+wait, AHEAD = 2 also goes on with that slot after it, while the slot is read again, and loads anew where the guess was wrong.
+LEAD > 0 brings in what the program reads that takes this one's place, LEAD programs a multiprocessor later, so that memory
+does not rest while this one computes. All these are hints: no value that is used was read before the wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -38,6 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kimi_linear.kernels.triton.common import LOG2E, log2_decay
@@ -46,6 +55,10 @@ from kimi_linear.kernels.triton.tickets import tickets_of
 
 LANES = tl.constexpr(32)
 """Key channels side by side in a tile: 8 lanes of 4, which is one line of 128 bytes."""
+DIRECT, WAIT, TICKET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""How a head ends: by its only program, by programs that wait for each other, or by whichever arrives last."""
+QUAD = tl.constexpr(4)
+"""Rows whose sum of squares is one word: those that lie in one warp, in any launch."""
 
 
 @triton.jit
@@ -53,9 +66,167 @@ def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
+INTERPRETED = tl.constexpr(not isinstance(sigmoid, JITFunction))
+"""Programs run one after another then, without PTX."""
+
+
+@triton.jit
+def quad_sums(x, N: tl.constexpr):
+    """[N] to [N / 4]. Two terms have one sum in either order, so a tree of pairs has the same bits in every layout."""
+    pairs = tl.sum(tl.reshape(x, [N // 2, 2]), 1)
+    return tl.sum(tl.reshape(pairs, [N // 4, 2]), 1)
+
+
+@triton.jit
+def tree_sum(x, N: tl.constexpr):
+    """[N] to [1], a tree of pairs as in ``quad_sums``, but the first half with the second."""
+    for level in tl.static_range(1, 9):
+        if (N >> level) > 0:
+            x = tl.sum(tl.reshape(x, [2, N >> level]), 0)
+    return x
+
+
+@triton.jit
+def publish(pointer, values, turn):
+    """Leave fp32 values and the turn that they belong to, each in a word of 64 bits that is stored and loaded whole."""
+    if INTERPRETED:
+        tl.store(pointer, (turn.to(tl.int64) << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64))
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .b64 word;
+            mov.b64 word, {$2, $3};
+            st.relaxed.gpu.global.b64 [$1], word;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r", [pointer.to(tl.int64), values, turn], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_here(pointer, values):
+    """A store by the threads that hold the values, where a journey to others would cost more than it saves."""
+    if INTERPRETED:
+        tl.store(pointer, values)
+    elif values.dtype.primitive_bitwidth == 16:
+        tl.inline_asm_elementwise(
+            "{ .reg .b16 low; cvt.u16.u32 low, $2; st.global.b16 [$1], low; mov.b32 $0, 0; }", "=r,l,r",
+            [pointer.to(tl.int64), values.to(tl.uint16, bitcast=True).to(tl.uint32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "{ st.global.b32 [$1], $2; mov.b32 $0, 0; }", "=r,l,r", [pointer.to(tl.int64), values],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def ask_ahead(pointer, wanted, BYTES: tl.constexpr):
+    """Have BYTES from ``pointer`` on brought into the L2, where wanted. Nothing is read: it is a hint, by one thread."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred one;
+            .reg .b32 thread;
+            .reg .b64 start;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 one, thread, 0;
+            setp.ne.and.u32 one, $3, 0, one;
+            and.b64 start, $1, -16;
+            @one cp.async.bulk.prefetch.L2.global [start], $2;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r", [pointer.to(tl.int64), BYTES, tl.cast(wanted, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def ask_for(
+    memory, window, hv, start, wanted,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """What a program reads of its slot: rows of the state, and windows of q, k and v."""
+    ask_ahead(memory + (hv * V + start) * K, wanted, BV * K * 4)
+    if W > 1:
+        COLUMN: tl.constexpr = (W - 1) * (window.dtype.element_ty.primitive_bitwidth // 8)
+        h = hv // (HV // H)
+        ask_ahead(window + h * K * (W - 1), wanted, K * COLUMN // 16 * 16)
+        ask_ahead(window + (H + h) * K * (W - 1), wanted, K * COLUMN // 16 * 16)
+        ask_ahead(window + (2 * H * K + hv * V + start) * (W - 1), wanted, BV * COLUMN // 16 * 16)
+
+
+@triton.jit
+def wait_for(words, turn):
+    """What was left in each of ``words`` in this ``turn``. Ends the launch with an error after seconds without an answer."""
+    if INTERPRETED:
+        found = tl.load(words)
+        tl.device_assert((found >> 32).to(tl.int32) == turn)
+        bits = found.to(tl.int32)
+    else:
+        bits = tl.inline_asm_elementwise(
+            """{
+            .reg .pred ready, never;
+            .reg .b32 tag, tries;
+            .reg .b64 word;
+            mov.u32 tries, 0;
+            again:
+            ld.relaxed.gpu.global.b64 word, [$1];
+            mov.b64 {$0, tag}, word;
+            setp.eq.u32 ready, tag, $2;
+            @ready bra done;
+            add.u32 tries, tries, 1;
+            setp.gt.u32 never, tries, 0x1000000;
+            @never trap;
+            bra again;
+            done:
+            }""",
+            "=r,l,r", [words.to(tl.int64), turn], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def window_of(old, dim, place, W: tl.constexpr):
+    """A convolution's window, oldest first, and dim, since no tuple is empty."""
+    values = (dim,)
+    for w in tl.static_range(W - 1):
+        values = (tl.load(old + (place + dim) * (W - 1) + (W - 2 - w)),) + values  # noqa: RUF005
+    return values
+
+
+@triton.jit
+def taps_of(taps, dim, W: tl.constexpr):
+    """A convolution's weights, oldest first, and dim, since no tuple is empty."""
+    values = (dim,)
+    for w in tl.static_range(W):
+        values = (tl.load(taps + dim * W + (W - 1 - w)).to(tl.float32),) + values  # noqa: RUF005
+    return values
+
+
+@triton.jit
+def convolve_one(x, old, taps, W: tl.constexpr):
+    """As ``convolve``, of what was loaded before."""
+    y = x.to(tl.float32)
+    if W > 0:
+        y *= taps[W - 1]
+        for w in tl.static_range(W - 1):
+            y += old[w].to(tl.float32) * taps[w]
+    return y
+
+
+@triton.jit
+def leave_one(x, values, old, dim, place, W: tl.constexpr):
+    """The window after input x: that of ``window_of`` without its oldest."""
+    for w in tl.static_range(W - 2):
+        tl.store(old + (place + dim) * (W - 1) + w, values[w + 1])
+    if W > 1:
+        tl.store(old + (place + dim) * (W - 1) + (W - 2), x)
+
+
 @triton.jit
 def convolve(s, x, old, taps, stride_s, dim, place, W: tl.constexpr):
-    """Shape of dim: SiLU of the convolution at token s; of the input itself where W == 0."""
+    """Shape of dim: the convolution at token s; the input itself where W == 0."""
     y = tl.load(x + s * stride_s + dim).to(tl.float32)
     if W > 0:
         y *= tl.load(taps + dim * W + (W - 1)).to(tl.float32)
@@ -85,6 +256,11 @@ def leave_windows(values, window, to, dim, here, place, WINDOW_SLOT: tl.constexp
 
 
 @triton.jit
+def add_all(a, b, c, d, e, v, w, x, y, z):
+    return a + v, b + w, c + x, d + y, e + z
+
+
+@triton.jit
 def add_both(a, b, c, d):
     return a + c, b + d
 
@@ -95,149 +271,275 @@ def add_three(a, b, c, x, y, z):
 
 
 @triton.jit
-def finish(o, x, scales, V: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Root-mean-square norm of a head's output, then the gate: 0 none, 1 sigmoid, 2 swish."""
-    o = o * tl.rsqrt(tl.sum(o * o, 0) / V + EPS) * scales
+def take_one(a, b):
+    return a
+
+
+@triton.jit
+def one_of(x, ROWS: tl.constexpr, BV: tl.constexpr):
+    """[BV, LANES] of equal rows to [ROWS, LANES]: one for each that a thread has."""
+    return tl.reduce(tl.reshape(x, [BV // ROWS, ROWS, LANES]), 0, take_one)
+
+
+@triton.jit
+def every(x, ROWS: tl.constexpr, BV: tl.constexpr):
+    """[ROWS] to [BV]."""
+    return tl.reshape(tl.broadcast_to(x[None, :], [BV // ROWS, ROWS]), [BV])
+
+
+@triton.jit
+def finish(o, total, x, scales, V: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Root-mean-square norm of a head's output, given its sum of squares, then the gate: 0 none, 1 sigmoid, 2 swish."""
+    o = o * tl.rsqrt(total / V + EPS) * scales
     if ACTIVATION > 0:
         o *= sigmoid(x) if ACTIVATION == 1 else x * sigmoid(x)
     return o
 
 
 @triton.jit
-def end_head(
-    b, h, slot, q, k, v, out_gate, weight, window, keep, scratch, output,
+def end_windows(
+    b, h, slot, q, k, v, window, keep,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
-    EPS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_KEEP: tl.constexpr, WINDOW_SLOT: tl.constexpr,
-    Q_B: tl.constexpr, Q_S: tl.constexpr, K_B: tl.constexpr, K_S: tl.constexpr, V_B: tl.constexpr, V_S: tl.constexpr,
-    OG_B: tl.constexpr, OG_S: tl.constexpr,
+    HAS_KEEP: tl.constexpr, WINDOW_SLOT: tl.constexpr, Q_B: tl.constexpr, Q_S: tl.constexpr, K_B: tl.constexpr,
+    K_S: tl.constexpr, V_B: tl.constexpr, V_S: tl.constexpr,
 ):  # fmt: skip
-    """Norms of the raw outputs in ``scratch``, and new windows, of key head h of row b."""
+    """New windows of key head h of row b, after its last program has read the old ones."""
     GROUP: tl.constexpr = HV // H
     WIDE: tl.constexpr = triton.next_power_of_2(W)
     VALUES: tl.constexpr = triton.next_power_of_2(GROUP * V)
-    dim_k, dim_v, all_v = tl.arange(0, K), tl.arange(0, V), tl.arange(0, VALUES)
-    channel, channel_v = h * K + dim_k, h * GROUP * V + all_v
-    mine = all_v < GROUP * V
-    old, every = window + slot * WINDOW_SLOT, dim_k >= 0
+    all_v = tl.arange(0, VALUES)
+    channel, channel_v = h * K + tl.arange(0, K), h * GROUP * V + all_v
+    mine, every = all_v < GROUP * V, channel >= 0
+    old = window + slot * WINDOW_SLOT
     x_q, x_k, x_v = q + b * Q_B, k + b * K_B, v + b * V_B
-    if W > 1:
-        token = tl.arange(0, triton.next_power_of_2(S))
-        if HAS_KEEP:
-            to = tl.load(keep + b * S + token, token < S, -1).to(tl.int64)
-        else:
-            to = tl.where(token == S - 1, slot, -1)
-        new_q = new_windows(x_q, old, Q_S, channel, every, 0, S, W, WIDE)
-        if S > 1:  # one after another: the windows of eight tokens fill the registers
-            tl.debug_barrier()  # every thread has read what is overwritten now
-            leave_windows(new_q, window, to, channel, every, 0, WINDOW_SLOT, W, WIDE)
-        new_k = new_windows(x_k, old, K_S, channel, every, H * K, S, W, WIDE)
-        if S > 1:
-            tl.debug_barrier()
-            leave_windows(new_k, window, to, channel, every, H * K, WINDOW_SLOT, W, WIDE)
-        new_v = new_windows(x_v, old, V_S, channel_v, mine, 2 * H * K, S, W, WIDE)
-        if S > 1:
-            tl.debug_barrier()
-            leave_windows(new_v, window, to, channel_v, mine, 2 * H * K, WINDOW_SLOT, W, WIDE)
+    token = tl.arange(0, triton.next_power_of_2(S))
+    if HAS_KEEP:
+        to = tl.load(keep + b * S + token, token < S, -1).to(tl.int64)
+    else:
+        to = tl.where(token == S - 1, slot, -1)
+    new_q = new_windows(x_q, old, Q_S, channel, every, 0, S, W, WIDE)
+    if S > 1:  # one after another: the windows of eight tokens fill the registers
+        tl.debug_barrier()  # every thread has read what is overwritten now
+        leave_windows(new_q, window, to, channel, every, 0, WINDOW_SLOT, W, WIDE)
+    new_k = new_windows(x_k, old, K_S, channel, every, H * K, S, W, WIDE)
+    if S > 1:
+        tl.debug_barrier()
+        leave_windows(new_k, window, to, channel, every, H * K, WINDOW_SLOT, W, WIDE)
+    new_v = new_windows(x_v, old, V_S, channel_v, mine, 2 * H * K, S, W, WIDE)
+    tl.debug_barrier()
+    if S == 1:
+        leave_windows(new_q, window, to, channel, every, 0, WINDOW_SLOT, W, WIDE)
+        leave_windows(new_k, window, to, channel, every, H * K, WINDOW_SLOT, W, WIDE)
+    leave_windows(new_v, window, to, channel_v, mine, 2 * H * K, WINDOW_SLOT, W, WIDE)
+
+
+@triton.jit
+def end_outputs(
+    b, h, out_gate, weight, scratch, sums, output,
+    H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, S: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    OG_B: tl.constexpr, OG_S: tl.constexpr,
+):  # fmt: skip
+    """Norms of the raw outputs in ``scratch`` of key head h of row b; ``sums`` has their sums of squares, by four."""
+    GROUP: tl.constexpr = HV // H
+    dim_v, quad = tl.arange(0, V), tl.arange(0, V // QUAD)
     scales = tl.load(weight + dim_v).to(tl.float32)
     for j in range(GROUP):
         hv = h * GROUP + j
         for s in range(S):
-            at = ((b * S + s) * HV + hv) * V + dim_v
-            o = tl.load(scratch + at, cache_modifier=".cg")  # other programs wrote them
+            head = (b * S + s) * HV + hv
+            o = tl.load(scratch + head * V + dim_v, cache_modifier=".cg")  # other programs wrote them
+            total = tree_sum(tl.load(sums + head * (V // QUAD) + quad, cache_modifier=".cg"), V // QUAD)
             x = scales
             if ACTIVATION > 0:
                 x = tl.load(out_gate + b * OG_B + s * OG_S + hv * V + dim_v).to(tl.float32)
-            tl.store(output + at, finish(o, x, scales, V, EPS, ACTIVATION).to(output.dtype.element_ty))
-    if W > 1 and S == 1:  # asked for above, so that one wait serves them and the outputs
-        tl.debug_barrier()
-        leave_windows(new_q, window, to, channel, every, 0, WINDOW_SLOT, W, WIDE)
-        leave_windows(new_k, window, to, channel, every, H * K, WINDOW_SLOT, W, WIDE)
-        leave_windows(new_v, window, to, channel_v, mine, 2 * H * K, WINDOW_SLOT, W, WIDE)
+            o = finish(o, total, x, scales, V, EPS, ACTIVATION)
+            tl.store(output + head * V + dim_v, o.to(output.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last_slot"])
 def decode_kernel(
     q, k, v, gate, beta, out_gate, A_log, dt_bias, taps_q, taps_k, taps_v, weight, memory, window, slots, keep, scratch,
-    tickets, output,
+    tickets, output, last_slot,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
-    S: tl.constexpr, GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
-    ACTIVATION: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_KEEP: tl.constexpr, PDL: tl.constexpr,
-    MEMORY_SLOT: tl.constexpr, WINDOW_SLOT: tl.constexpr, Q_B: tl.constexpr, Q_S: tl.constexpr, K_B: tl.constexpr,
-    K_S: tl.constexpr, V_B: tl.constexpr, V_S: tl.constexpr, G_B: tl.constexpr, G_S: tl.constexpr, BETA_B: tl.constexpr,
-    BETA_S: tl.constexpr, OG_B: tl.constexpr, OG_S: tl.constexpr,
+    S: tl.constexpr, GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, SCALE: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_KEEP: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr, END: tl.constexpr, MEMORY_SLOT: tl.constexpr, WINDOW_SLOT: tl.constexpr, Q_B: tl.constexpr,
+    Q_S: tl.constexpr, K_B: tl.constexpr, K_S: tl.constexpr, V_B: tl.constexpr, V_S: tl.constexpr, G_B: tl.constexpr,
+    G_S: tl.constexpr, BETA_B: tl.constexpr, BETA_S: tl.constexpr, OG_B: tl.constexpr, OG_S: tl.constexpr,
 ):  # fmt: skip
+    GROUP: tl.constexpr = HV // H
+    PROGRAMS: tl.constexpr = GROUP * (V // BV)
+    ONE: tl.constexpr = S == 1 and not HAS_KEEP
+    HELD: tl.constexpr = END == WAIT  # the inputs of the convolution stay in registers, for the new window
+    GUESS: tl.constexpr = AHEAD > 1 and HAS_SLOTS and HELD
+    hv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    batch = tl.num_programs(2)
+    h, start = hv // GROUP, tl.program_id(0) * BV
+    dim_k, dim_v = tl.arange(0, K), start + tl.arange(0, BV)
+    channel, channel_v = h * K + dim_k, hv * V + dim_v
+    slot = b
+    if AHEAD:  # the kernel before this one may still write all of this, slots too, so it is asked for but not used
+        guess = b
+        if HAS_SLOTS:
+            guess = tl.load(slots + b, cache_modifier=".cg").to(tl.int64)
+            guess = tl.minimum(tl.maximum(guess, 0), last_slot)
+        ask_for(memory + guess * MEMORY_SLOT, window + guess * WINDOW_SLOT, hv, start, True, H, HV, K, V, BV, W)
     if PDL:
         cuda.gdc_wait()  # the kernel before this one has ended, and all that it wrote is there
         cuda.gdc_launch_dependents()
-    GROUP: tl.constexpr = HV // H
-    PROGRAMS: tl.constexpr = GROUP * (V // BV)
-    hv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    h = hv // GROUP
-    slot = b
     if HAS_SLOTS:
         slot = tl.load(slots + b).to(tl.int64)
-    dim_k, dim_v = tl.arange(0, K), tl.program_id(0) * BV + tl.arange(0, BV)
+    if LEAD > 0:  # the program that will take this one's place
+        then = tl.program_id(0) + (V // BV) * (hv + HV * tl.program_id(2)) + LEAD
+        row, place = then // (HV * (V // BV)), then % (HV * (V // BV))
+        later = tl.minimum(row, batch - 1).to(tl.int64)
+        if HAS_SLOTS:
+            later = tl.load(slots + later).to(tl.int64)
+    x_q, x_k, x_v = q + b * Q_B, k + b * K_B, v + b * V_B
+    rate = tl.load(A_log + hv).to(tl.float32)
+    bias = tl.load(dt_bias + hv * K + dim_k).to(tl.float32)
+    if HELD:  # asked for before the slot is known
+        now_q, now_k, now_v = tl.load(x_q + channel), tl.load(x_k + channel), tl.load(x_v + channel_v)
+        x = tl.load(gate + b * G_B + hv * K + dim_k).to(tl.float32)
+        strength = tl.load(beta + b * BETA_B + hv).to(tl.float32)
+        w_q, w_k, w_v = taps_of(taps_q, channel, W), taps_of(taps_k, channel, W), taps_of(taps_v, channel_v, W)
+    part, lane = tl.arange(0, K // LANES)[None, :, None], tl.arange(0, LANES)[None, None, :]
+    cells = (hv * V + dim_v[:, None, None]) * K + (part * LANES + lane)
+    if GUESS:  # most guesses are right, and then this does not wait for the slot
+        old = window + guess * WINDOW_SLOT
+        old_q, old_k = window_of(old, channel, 0, W), window_of(old, channel, H * K, W)
+        old_v = window_of(old, channel_v, 2 * H * K, W)
+        state = tl.load(memory + guess * MEMORY_SLOT + cells)
+        if slot != guess:
+            guess = tl.maximum(slot, 0)
+            old = window + guess * WINDOW_SLOT
+            old_q, old_k = window_of(old, channel, 0, W), window_of(old, channel, H * K, W)
+            old_v = window_of(old, channel_v, 2 * H * K, W)
+            state = tl.load(memory + guess * MEMORY_SLOT + cells)
     if slot < 0:  # a padded row: no state is touched, and its output is zero rather than what was there
         for s in range(S):
             at = ((b * S + s) * HV + hv) * V + dim_v
             tl.store(output + at, tl.zeros([BV], output.dtype.element_ty))
         return
-    part, lane = tl.arange(0, K // LANES)[None, :, None], tl.arange(0, LANES)[None, None, :]
-    cells = (hv * V + dim_v[:, None, None]) * K + (part * LANES + lane)
-    state = tl.load(memory + slot * MEMORY_SLOT + cells)
     old = window + slot * WINDOW_SLOT
-    x_q, x_k, x_v = q + b * Q_B, k + b * K_B, v + b * V_B
-    channel, channel_v = h * K + dim_k, hv * V + dim_v
-    rate = tl.load(A_log + hv).to(tl.float32)
-    bias = tl.load(dt_bias + hv * K + dim_k).to(tl.float32)
+    if not GUESS:
+        if HELD:
+            old_q, old_k = window_of(old, channel, 0, W), window_of(old, channel, H * K, W)
+            old_v = window_of(old, channel_v, 2 * H * K, W)
+        state = tl.load(memory + slot * MEMORY_SLOT + cells)
+    words = tickets
+    turn = slot
+    if END == WAIT:  # one more than that of the last call with this slot
+        words = tickets + slot * (HV * (V // QUAD) + H)
+        turn = tl.load(words + HV * (V // QUAD) + h) + 1
+    if END == WAIT:
+        scales = tl.load(weight + dim_v).to(tl.float32)
+        y = scales
+        if ACTIVATION > 0:
+            y = tl.load(out_gate + b * OG_B + channel_v).to(tl.float32)
+    sums = output
+    if END == TICKET and V != BV:
+        sums = scratch + batch.to(tl.int64) * (S * HV * V)  # of squares, behind the raw outputs
+    o = tl.zeros([BV], tl.float32)
     for s in range(S):
-        b_q = convolve(s, x_q, old, taps_q, Q_S, channel, 0, W)
-        b_k = convolve(s, x_k, old, taps_k, K_S, channel, H * K, W)
-        b_v = convolve(s, x_v, old, taps_v, V_S, channel_v, 2 * H * K, W)
-        x = tl.load(gate + b * G_B + s * G_S + hv * K + dim_k).to(tl.float32)
-        strength = tl.load(beta + b * BETA_B + s * BETA_S + hv).to(tl.float32)
+        if HELD:
+            b_q, b_k = convolve_one(now_q, old_q, w_q, W), convolve_one(now_k, old_k, w_k, W)
+            b_v = convolve_one(now_v, old_v, w_v, W)
+        else:
+            b_q = convolve(s, x_q, old, taps_q, Q_S, channel, 0, W)
+            b_k = convolve(s, x_k, old, taps_k, K_S, channel, H * K, W)
+            b_v = convolve(s, x_v, old, taps_v, V_S, channel_v, 2 * H * K, W)
+            x = tl.load(gate + b * G_B + s * G_S + hv * K + dim_k).to(tl.float32)
+            strength = tl.load(beta + b * BETA_B + s * BETA_S + hv).to(tl.float32)
         to = slot
         if HAS_KEEP:
             to = tl.load(keep + b * S + s).to(tl.int64)
         b_q, b_k, b_v = b_q * sigmoid(b_q), b_k * sigmoid(b_k), b_v * sigmoid(b_v)
-        strength = sigmoid(strength)
         decay = tl.exp2(log2_decay(x, rate, bias, LOWER_BOUND, GATE))
-        qq, kk, qk = tl.reduce((b_q * b_q, b_k * b_k, b_q * b_k), 0, add_three)
-        unit_q, unit_k = tl.rsqrt(qq + 1e-6) * SCALE, tl.rsqrt(kk + 1e-6)
-        b_q, b_k, straight = b_q * unit_q, b_k * unit_k, qk * unit_q * unit_k
         state *= tl.reshape(decay, [K // LANES, LANES])[None, :, :]
-        wide_k = tl.reshape(b_k, [K // LANES, LANES])[None, :, :]
-        wide_q = tl.reshape(b_q, [K // LANES, LANES])[None, :, :]
-        held, seen = tl.reduce(tl.reduce((state * wide_k, state * wide_q), 1, add_both), 1, add_both)
-        change = strength * (b_v - held)
-        state = tl.fma(change[:, None, None], wide_k, state)
-        tl.store(scratch + ((b * S + s) * HV + hv) * V + dim_v, tl.fma(straight, change, seen))
+        both = (b_q.to(tl.uint32, bitcast=True).to(tl.int64) << 32) | b_k.to(tl.uint32, bitcast=True).to(tl.int64)
+        both = tl.reshape(both, [K // LANES, LANES])[None, :, :]  # one journey to the threads that hold the state
+        wide_q = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        wide_k = both.to(tl.int32).to(tl.float32, bitcast=True)
+        if LEAD > 0:  # now that this one's reads are answered; so memory does not rest while this one computes
+            ask_for(
+                memory + later * MEMORY_SLOT, window + later * WINDOW_SLOT, place // (V // BV), place % (V // BV) * BV,
+                (row < batch) & (later >= 0) & (s == 0), H, HV, K, V, BV, W,
+            )  # fmt: skip
+        wide_q, wide_k = tl.broadcast_to(wide_q, state.shape), tl.broadcast_to(wide_k, state.shape)
+        products = (state * wide_k, state * wide_q, wide_q * wide_q, wide_k * wide_k, wide_q * wide_k)
+        held, seen, qq, kk, qk = tl.reduce(products, 1, add_all)
+        held, seen = tl.reduce((held, seen), 1, add_both)
+        first = (one_of(qq, ROWS, BV), one_of(kk, ROWS, BV), one_of(qk, ROWS, BV))
+        qq, kk, qk = tl.reduce(first, 1, add_three)
+        qq, kk, qk = every(qq, ROWS, BV), every(kk, ROWS, BV), every(qk, ROWS, BV)
+        unit_q, unit_k = tl.rsqrt(qq + 1e-6) * SCALE, tl.rsqrt(kk + 1e-6)
+        change = sigmoid(strength) * (b_v - held * unit_k)
+        o = tl.fma(qk * unit_q * unit_k, change, seen * unit_q)
+        squares = quad_sums(o * o, BV)
+        at = ((b * S + s) * HV + hv) * V + dim_v
+        quad = start // QUAD + tl.arange(0, BV // QUAD)
+        if END == WAIT:
+            publish(words + hv * (V // QUAD) + quad, squares, turn.to(tl.int32))
+        elif V != BV:
+            tl.store(scratch + at, o)
+            tl.store(sums + ((b * S + s) * HV + hv) * (V // QUAD) + quad, squares)
+        state = tl.fma((change * unit_k)[:, None, None], wide_k, state)
         if HAS_KEEP:
             if to >= 0:
                 tl.store(memory + to * MEMORY_SLOT + cells, state)
         elif S > 1:
             if s == S - 1:
                 tl.store(memory + to * MEMORY_SLOT + cells, state)
-    tl.debug_barrier()  # the program's outputs are on their way, and its reads of the window done, before it says so
-    arrived = 0
-    if PROGRAMS > 1:
+        if END != WAIT and V == BV:
+            if ONE and END == DIRECT:
+                tl.store(memory + slot * MEMORY_SLOT + cells, state)
+            scales = tl.load(weight + dim_v).to(tl.float32)
+            y = scales
+            if ACTIVATION > 0:
+                y = tl.load(out_gate + b * OG_B + s * OG_S + channel_v).to(tl.float32)
+            o = finish(o, tree_sum(squares, V // QUAD), y, scales, V, EPS, ACTIVATION)
+            tl.store(output + at, o.to(output.dtype.element_ty))
+    arrived = PROGRAMS - 1
+    if END == TICKET:
+        tl.debug_barrier()  # the program's outputs are on their way, and its reads of the window done, before it says so
         arrived = tl.atomic_add(tickets + slot * H + h, 1, sem="acq_rel", scope="gpu")
-    if S == 1 and not HAS_KEEP:  # after the ticket, which would otherwise wait for this to arrive
+    if ONE and END != DIRECT:  # after the ticket, which would otherwise wait for this to arrive
         tl.store(memory + slot * MEMORY_SLOT + cells, state)
-    if arrived == PROGRAMS - 1:
-        if PROGRAMS > 1:
-            tl.store(tickets + slot * H + h, 0)
-        end_head(
-            b, h, slot, q, k, v, out_gate, weight, window, keep, scratch, output,
-            H, HV, K, V, W, S, EPS, ACTIVATION, HAS_KEEP, WINDOW_SLOT, Q_B, Q_S, K_B, K_S, V_B, V_S, OG_B, OG_S,
-        )  # fmt: skip
+    if END == WAIT:
+        # What others read of the window they have in registers before they leave a word: its value depends on it.
+        found = wait_for(words + hv * (V // QUAD) + tl.arange(0, V // QUAD), turn.to(tl.int32))
+        o = finish(o, tree_sum(found, V // QUAD), y, scales, V, EPS, ACTIVATION)
+        store_here(output + (b * HV + hv) * V + dim_v, o.to(output.dtype.element_ty))
+        leave_one(now_v, old_v, old, channel_v, 2 * H * K, W)
+        if (start == 0) & (hv % GROUP == 0):
+            if GROUP > 1:
+                ALL: tl.constexpr = GROUP * (V // QUAD)
+                others = tl.minimum(tl.arange(0, triton.next_power_of_2(ALL)), ALL - 1)
+                wait_for(words + h * ALL + others, turn.to(tl.int32))
+            leave_one(now_q, old_q, old, channel, 0, W)
+            leave_one(now_k, old_k, old, channel, H * K, W)
+            tl.store(words + HV * (V // QUAD) + h, turn)
+    else:
+        if arrived == PROGRAMS - 1:
+            if END == TICKET:
+                tl.store(tickets + slot * H + h, 0)
+                if V != BV:
+                    end_outputs(b, h, out_gate, weight, scratch, sums, output, H, HV, V, S, EPS, ACTIVATION, OG_B, OG_S)
+            if W > 1:
+                end_windows(
+                    b, h, slot, q, k, v, window, keep, H, HV, K, V, W, S, HAS_KEEP, WINDOW_SLOT, Q_B, Q_S, K_B, K_S,
+                    V_B, V_S,
+                )  # fmt: skip
 
 
 Step = tuple[Tensor | None, ...]
 """q, k, v, gate, beta, out_gate, A_log, dt_bias, taps_q, taps_k, taps_v, weight, memory, window, slots, keep: the kernel's
 pointers in its order, ``scratch``, ``tickets`` and ``output`` apart; shapes as ``kimi_linear.ops.kda_decode`` has them."""
-MEMORY = 12
-"""Where ``memory`` stands in a step."""
+MEMORY, KEEP = 12, 15
+"""Where ``memory`` and ``keep`` stand in a step."""
+REGISTERS = 65536
+"""Of a multiprocessor, on every architecture from sm_80 on."""
 FEW_HEADS = 132
 """Value heads of all sequences together that leave processors of a large GPU idle; what counts then is a head's latency."""
 
@@ -254,16 +556,49 @@ def config_for(q: Tensor, v: Tensor) -> Config:
     return Config(constants={**config.constants, "BV": min(config["BV"], v.shape[3])}, num_warps=config.num_warps)
 
 
-def options_of(config: Config) -> dict[str, int | bool]:
+def ending_of(q: Tensor, v: Tensor, config: Config, kept: bool) -> int:
+    """How the programs of a head find each other.
+
+    They may wait for each other only where each is sure to run. Where all programs of a launch fit on the GPU at once, they
+    are: in any order, and beside any kernel that ends. ``options_of`` keeps them to the registers that this counts with.
+    """
+    (batch, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
+    programs = batch * v_heads * (value_dim // config["BV"])
+    if programs == batch * heads:
+        return DIRECT.value
+    if tokens > 1 or kept or not q.is_cuda:
+        return TICKET.value
+    at_once = REGISTERS // (32 * config.num_warps * registers_of(config)) * processors(q.device.index)
+    return WAIT.value if programs <= at_once else TICKET.value
+
+
+def registers_of(config: Config) -> int:
+    """At most, of a thread that waits for others."""
+    return config.constants.get("registers", 168)
+
+
+@cache
+def processors(index: int) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def options_of(config: Config, ending: int) -> dict[str, int | bool]:
     """As Triton's keywords. Rounding is as the source says, in every build: see the file's docstring."""
     options: dict[str, int | bool] = {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": False}
-    if "registers" in config.constants:
-        options["maxnreg"] = config["registers"]
+    if "registers" in config.constants or ending == WAIT.value:
+        options["maxnreg"] = registers_of(config)
     return options | ({"launch_pdl": True} if config["PDL"] else {})
 
 
 def prepare(
-    step: Step, *, lower_bound: float | None, eps: float, activation: str, config: Config | None = None
+    step: Step,
+    *,
+    lower_bound: float | None,
+    eps: float,
+    activation: str,
+    config: Config | None = None,
+    ending: int | None = None,
 ) -> Callable[[Step, Tensor], None]:
     """A function that runs the kernel on tensors of the same shapes, strides, dtypes and device as those of ``step``.
 
@@ -279,39 +614,58 @@ def prepare(
     interpreted = not isinstance(decode_kernel, JITFunction)
     if interpreted:
         config = Config(constants={**config.constants, "PDL": 0}, num_warps=config.num_warps)
-    constants, options = _constants(step, lower_bound, eps, activation, config), options_of(config)
-    (batch, _, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
+    if ending is None:
+        ending = ending_of(q, v, config, step[KEEP] is not None)
+    constants = _constants(step, lower_bound, eps, activation, config, ending)
+    options = options_of(config, ending)
+    (batch, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
     grid = (value_dim // config["BV"], v_heads, batch)
-    shared = grid[0] * v_heads // heads > 1  # by several programs: a key head
-    compiled: dict[object, Any] = {}
+    quads = v_heads * (value_dim // QUAD.value)
+    raw = batch * tokens * (v_heads * value_dim + quads) if ending == TICKET.value and grid[0] > 1 else 0
+    memory = step[MEMORY]
+    assert memory is not None
+    last_slot = len(memory) - 1
+    compiled: dict[object, Callable[[tuple[int, ...]], None]] = {}
+    count, kind = ((quads + heads), torch.int64) if ending == WAIT.value else (heads, torch.int32)
+    count *= len(memory)
 
     def run(now: Step, output: Tensor) -> None:
         if batch == 0:
             return
         # The allocator gives memory back in the stream's order, so dropping it after the launch is safe.
-        scratch = torch.empty_like(output, dtype=torch.float32)
-        tickets = tickets_of(now[MEMORY], heads) if shared else None
-        tensors = (*now, scratch, tickets, output)
+        scratch = output.new_empty(raw, dtype=torch.float32) if raw else None
+        tickets = None if ending == DIRECT.value else tickets_of(now[MEMORY], count, kind)
         if interpreted:
-            decode_kernel[grid](*tensors, *constants, **options)
+            decode_kernel[grid](*now, scratch, tickets, output, last_slot, *constants, **options)
             return
-        addresses = [None if x is None else x.data_ptr() for x in tensors]
-        bits = 0
-        for address in addresses:
-            bits |= address or 0
+        addresses = [0 if x is None else x.data_ptr() for x in (*now, scratch, tickets, output)]
         # Compiled code may assume addresses that are multiples of 16; a view with others gets code of its own.
-        known = True if bits & 15 == 0 else tuple((address or 0) % 16 == 0 for address in addresses)
+        aligned = reduce(or_, addresses) & 15 == 0
+        known = True if aligned else tuple(address % 16 == 0 for address in addresses)
         launch = compiled.get(known)
         if launch is None:
-            kernel = decode_kernel.warmup(*tensors, *constants, grid=grid, **options)
-            launch = compiled[known] = kernel[grid]
-        launch(*addresses, *constants)
+            kernel = decode_kernel.warmup(*now, scratch, tickets, output, last_slot, *constants, grid=grid, **options)
+            launch = compiled[known] = launcher(kernel, grid, q.device.index, (last_slot, *constants))
+        launch(addresses)
 
     return run
 
 
+def launcher(kernel: Any, grid: tuple[int, int, int], device: int, rest: tuple[object, ...]) -> Callable[..., None]:
+    """``kernel[grid]`` of addresses and ``rest`` on the current stream, without what Triton's own does for its hooks."""
+    kernel[grid]  # makes the handles
+    run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
+    stream_of = driver.active.get_current_stream
+    x, y, z = grid
+
+    def launch(addresses: list[int]) -> None:
+        run(x, y, z, stream_of(device), function, metadata, None, None, None, *addresses, *rest)
+
+    return launch
+
+
 def _constants(
-    step: Step, lower_bound: float | None, eps: float, activation: str, config: Config
+    step: Step, lower_bound: float | None, eps: float, activation: str, config: Config, ending: int
 ) -> tuple[object, ...]:
     """The kernel's constants, in its order."""
     q, k, v, gate, beta, out_gate, _, _, taps, _, _, _, memory, window, slots, keep = step
@@ -319,9 +673,11 @@ def _constants(
     strides = []
     for x in (q, k, v, gate, beta, out_gate):
         strides += [0, 0] if x is None else [x.stride(0), x.stride(1) if tokens > 1 else 0]
+    lead = config.constants.get("LEAD", 0) * (processors(q.device.index) if q.is_cuda else 1)
+    rows = min(config["BV"], QUAD.value * config.num_warps)
     kind, kinds = 1 if lower_bound is None else 2, ("none", "sigmoid", "swish")
     return (
         heads, v_heads, key_dim, value_dim, config["BV"], 0 if taps is None else taps.shape[1], tokens, kind,
         lower_bound or 0.0, key_dim**-0.5, eps, kinds.index(activation), slots is not None, keep is not None,
-        config["PDL"], memory.stride(0), window.stride(0), *strides,
+        config["PDL"], rows, config.constants.get("AHEAD", 0), lead, ending, memory.stride(0), window.stride(0), *strides,
     )  # fmt: skip

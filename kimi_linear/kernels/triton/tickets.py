@@ -14,23 +14,24 @@ import weakref
 import torch
 from torch import Tensor
 
-_TICKETS: dict[tuple[int, int | None, int], Tensor] = {}
-"""By address of a pool's first slot, device, and number of tickets."""
+_Key = tuple[int, int, int, torch.dtype]
+_TICKETS: dict[_Key, Tensor] = {}
+"""By address of a pool's first slot, device, number of tickets, and their type."""
 
 
-def tickets_of(memory: Tensor, heads: int) -> Tensor:
-    """[slots * heads] int32, zero between calls: those of the pool ``memory`` [slots, HV, V, K], the same at every call.
+def tickets_of(memory: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """[count] of zeros between calls, for the slots of the pool ``memory`` [slots, HV, V, K]: the same at every call.
 
     The first call with a pool clears them and waits until that is done, so that any stream may go on. While a graph is
     recorded nobody can wait: a pool first met there gets tickets of that call alone, cleared at each replay.
     """
-    key = (memory.data_ptr(), memory.device.index, len(memory) * heads)
+    key = (memory.data_ptr(), memory.get_device(), count, dtype)
     known = _TICKETS.get(key)
     return _first(memory, key) if known is None else known
 
 
-def _first(memory: Tensor, key: tuple[int, int | None, int]) -> Tensor:
-    tickets = torch.zeros(key[-1], dtype=torch.int32, device=memory.device)
+def _first(memory: Tensor, key: _Key) -> Tensor:
+    tickets = torch.zeros(key[2], dtype=key[3], device=memory.device)
     if memory.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return tickets
