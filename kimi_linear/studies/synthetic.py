@@ -43,10 +43,10 @@ class SyntheticConfig:
     seeds: int = 3
     """Trainings at ``curve_length`` with the best learning rate; elsewhere there is one."""
     curve_length: int = 1024
-    """Length at which accuracy against steps is compared: every learning rate is trained to its end there."""
-    sweep: Literal["best", "until-solved", "full"] = "best"
-    """At other lengths: train with the learning rate that was best at ``curve_length``, or with one after the other until
-    one has solved the task, or with all of them. Unless "full", a cell ends where another rate was sooner at 100 %."""
+    """Length at which accuracy against steps is compared."""
+    sweep: Literal["best", "full"] = "best"
+    """Learning rates, the largest first: "best" begins the two largest, the next while smaller was better, and trains other
+    lengths with the one that was best at ``curve_length``; a cell ends where another rate was sooner at 100 %. Or all of them."""
     steps: int = 20000
     """Most training steps of a cell."""
     until: float = 0.9995
@@ -57,7 +57,7 @@ class SyntheticConfig:
     """A cell without a sequence right whose loss has not fallen by one per cent in so many steps ends, too."""
     point_every: int = 250
     """Steps per point of the curve; each is the mean over the fresh sequences of these steps."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Sequences per step."""
     layers: int = 2
     """Blocks."""
@@ -89,13 +89,13 @@ class SyntheticConfig:
     """Whether no symbol of a palindrome appears twice, as in the paper's example."""
     mqar_symbols: int | None = None
     """Symbols of the recall task, half of them keys; as many keys as a sequence holds where None."""
-    mqar_asked: int = 2
+    mqar_asked: int = 1
     """How often each key is asked for."""
     stacks: int = 64
     """Independent stacks."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; weights and optimizer are fp32 either way."""
-    lanes: int = 10
+    lanes: int = 8
     """Cells that share a GPU; on a CPU there is one at a time."""
     seconds_budget: float | None = None
     """Stop after so many seconds, with a checkpoint of every unfinished cell; the same command goes on from there. 0
@@ -161,10 +161,8 @@ def seed_cells(config: SyntheticConfig, results: Results) -> list[Cell]:
     found = []
     groups = {(c.task, c.mixer) for c in sweep_cells(config) if c.length == config.curve_length and c.mixer != "mla"}
     for task, mixer in groups:
-        sweep = _sweep_of(config, task, config.curve_length, mixer)
-        if all(cell in results for cell in sweep):
-            best = best_of(config, sweep, results)
-            assert best is not None
+        best = _best_swept(config, task, config.curve_length, mixer, results)
+        if best is not None:
             found += [dataclasses.replace(best, seed=seed) for seed in range(1, config.seeds)]
     return found
 
@@ -188,27 +186,39 @@ def area(config: SyntheticConfig, result: Mapping[str, Any]) -> float:
 
 
 def pending(config: SyntheticConfig, results: Results) -> list[Cell]:
-    """Cells that are not finished, the most telling first; those that nothing can be learned from any more are left out."""
-    cells = [cell for cell in sweep_cells(config) if cell not in results and not spared(config, cell, results)]
+    """Cells to train now, the most telling first; others may follow from their results."""
+    cells = [cell for cell in sweep_cells(config) if cell not in results and wanted(config, cell, results)]
     cells += [cell for cell in seed_cells(config, results) if cell not in results]
     return sorted(cells, key=lambda cell: _rank(config, cell))
 
 
-def spared(config: SyntheticConfig, cell: Cell, results: Results) -> bool:
-    """Whether a cell need not be trained, as far as is known."""
-    if config.sweep == "full" or cell.length == config.curve_length:
-        return False
-    if takes_best(config):
-        curves = _sweep_of(config, cell.task, config.curve_length, cell.mixer)
-        best = best_of(config, curves, results) if all(other in results for other in curves) else None
-        return best is None or cell.lr != best.lr
-    sweep = _sweep_of(config, cell.task, cell.length, cell.mixer)
-    return any(other in results and results[other]["ended"] == "solved" for other in sweep)
+def wanted(config: SyntheticConfig, cell: Cell, results: Results) -> bool | None:
+    """Whether a cell of the sweep is to be trained; None while that hangs on others."""
+    if config.sweep == "full":
+        return True
+    if cell.length != config.curve_length and takes_best(config):
+        best = _best_swept(config, cell.task, config.curve_length, cell.mixer, results)
+        return None if best is None else cell.lr == best.lr
+    sweep = sorted(_sweep_of(config, cell.task, cell.length, cell.mixer), key=lambda other: -other.lr)
+    at = sweep.index(cell)
+    if at < 2:
+        return True
+    larger, last = sweep[at - 2 : at]
+    if larger in results and last in results:
+        return area(config, results[last]) >= area(config, results[larger])
+    return False if wanted(config, last, results) is False else None
 
 
 def takes_best(config: SyntheticConfig) -> bool:
     """Whether the curves' learning rate serves the other lengths."""
     return config.sweep == "best" and str(config.curve_length) in words(config.lengths)
+
+
+def _best_swept(config: SyntheticConfig, task: str, length: int, mixer: str, results: Results) -> Cell | None:
+    """The best cell of a sweep, or None while one is to come."""
+    sweep = _sweep_of(config, task, length, mixer)
+    over = all(cell in results or wanted(config, cell, results) is False for cell in sweep)
+    return best_of(config, sweep, results) if over else None
 
 
 def _sweep_of(config: SyntheticConfig, task: str, length: int, mixer: str) -> list[Cell]:
@@ -308,7 +318,7 @@ def read_results(config: SyntheticConfig, folder: Path) -> dict[Cell, dict[str, 
 
 
 def cells_in_all(config: SyntheticConfig) -> int:
-    """Cells in all, were none spared."""
+    """Cells in all, at most."""
     swept = sweep_cells(config)
     if takes_best(config):
         swept = [c for c in swept if c.length == config.curve_length or c.lr == float(words(config.lrs)[0])]

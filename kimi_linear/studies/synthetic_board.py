@@ -21,9 +21,9 @@ from kimi_linear.studies.synthetic import (
     pending,
     read_results,
     settings_of,
-    spared,
     sweep_cells,
     takes_best,
+    wanted,
     words,
 )
 from kimi_linear.studies.synthetic_training import Lane, load_lane, run_lanes, save_lane
@@ -54,13 +54,12 @@ class Board:
         return budget is not None and self.seconds >= budget
 
     def steps(self) -> int:
-        """Steps done; those that a finished or spared cell did not need count as done."""
-        spared = (
-            0
-            if takes_best(self.config)
-            else sum(c not in self.results and spared(self.config, c, self.results) for c in sweep_cells(self.config))
-        )
-        return (len(self.results) + spared) * self.config.steps + sum(lane.step for lane in self.lanes.values())
+        """Steps done; those that a finished or unwanted cell did not need count as done."""
+        sweep = [
+            c for c in sweep_cells(self.config) if c.length == self.config.curve_length or not takes_best(self.config)
+        ]
+        unwanted = sum(c not in self.results and wanted(self.config, c, self.results) is False for c in sweep)
+        return (len(self.results) + unwanted) * self.config.steps + sum(lane.step for lane in self.lanes.values())
 
     def waiting(self) -> list[Cell]:
         return [cell for cell in pending(self.config, self.results) if cell not in self.lanes]
