@@ -23,6 +23,8 @@ from kimi_linear.engine.config import SamplingConfig
 if TYPE_CHECKING:
     from kimi_linear.engine import Answer, Conversation, GenerationStats
 
+PLAIN = '{% for m in messages %}{{ m.content }}{{ "" if m.role == "user" else "\\n\\n" }}{% endfor %}'
+"""A chat with a model that only continues text: an answer goes on where the message ends."""
 HELP = r"""One line is one message; a line that ends in \ goes on in the next. Ctrl-C stops an answer, Ctrl-D ends the chat.
 /new forgets everything that was said, /help shows this, /exit ends the chat; // begins a message with a slash."""
 
@@ -52,16 +54,19 @@ def main(argv: Sequence[str]) -> None:
 
     from kimi_linear.cli.device import pick_device
     from kimi_linear.engine import Conversation
-    from kimi_linear.folder import load
+    from kimi_linear.folder import SHIPPED_FOLDER, load
 
     model, tokenizer = load(folder, device=pick_device(args.device))
     if tokenizer is None:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, found none; it reads ids, not text")
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     interactive = sys.stdin.isatty()
+    plain = folder == SHIPPED_FOLDER
+    if plain:
+        console.print("this model was never taught to chat: it continues what you write", style="dim")
 
     def begin() -> Conversation:
-        return Conversation(model, tokenizer, messages=system)
+        return Conversation(model, tokenizer, messages=system, template=PLAIN if plain else None)
 
     chat, done = begin(), []
     if interactive:

@@ -14,7 +14,8 @@ from kimi_linear.cli.console import closing, memory, parse, stderr
 from kimi_linear.cli.folders import model_folder
 from kimi_linear.engine.config import SamplingConfig
 
-BEGINNING, GREETING = "def ", "Hello"
+BEGINNING, STORY, GREETING = "def ", "Once upon a time", "Hello"
+"""Of a model of one's own, of the one that comes along, and what a model with a chat template is told."""
 """What is continued, or said, where no prompt is given."""
 
 
@@ -31,7 +32,7 @@ class GenerateArgs:
     runs/ where None, and nano where there is none."""
     device: str = "auto"
     """Such as "cpu" or "cuda:0"; "auto" takes a GPU where there is one."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_tokens=256))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_tokens=256, top_p=0.9))
     """How to draw."""
 
 
@@ -47,14 +48,16 @@ def main(argv: Sequence[str]) -> None:
     from kimi_linear.cli.device import pick_device
     from kimi_linear.data import ChatFormat
     from kimi_linear.engine import stream
-    from kimi_linear.folder import load
+    from kimi_linear.folder import SHIPPED_FOLDER, load
 
     model, tokenizer = load(folder, device=pick_device(args.device))
     if tokenizer is None:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, found none; it reads ids, not text")
     how = args.sampling
     chat = tokenizer.chat_template is not None and not args.raw
-    text = prompt if prompt is not None else GREETING if chat else BEGINNING
+    # The small vocabulary has "def name" as "def" and " name": after "def " comes what nobody writes.
+    beginning = STORY if folder == SHIPPED_FOLDER else BEGINNING
+    text = prompt if prompt is not None else GREETING if chat else beginning
     if chat:
         console.print("the prompt is a message in the model's chat template; --raw continues it as text", style="dim")
     given = ChatFormat(tokenizer).encode([{"role": "user", "content": text}]) if chat else text

@@ -47,7 +47,7 @@ class NanoConfig:
     """As in ``kimi-linear train``."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices."""
-    tokens: float = 5e8
+    tokens: float = 1.8e8
     """Tokens that each cell reads, the same ones in the same order; a short number with several --lr is a sweep."""
     prose_times: int = 2
     """How often a pass through the text reads the prose, the smaller part."""
@@ -419,8 +419,8 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
 STUDY = Study(
     name="nano",
     shows="What do 8 M parameters learn from 130 MB of free prose and Python: a 3:1 hybrid, and full attention with RoPE?",
-    expected="not measured yet; at this size and 1,024 tokens of context the two should lie within a few hundredths of a bit per byte.",
-    price="10 minutes of one H200 for each model",
+    expected="with 180 M tokens, one seed: 1.427 bits per byte of prose for the hybrid and 1.429 for full attention; 0.929 and 0.904 of code.",
+    price="3 minutes of one H100 for each model",
     config=NanoConfig,
     run=run,
     report=report,

@@ -22,19 +22,21 @@ def package(config: NanoConfig, folder: Path) -> None:
     """Write ``config.package`` from the best finished cells in ``folder`` at ``config.tokens``.
 
     Raises:
-        FileNotFoundError: the nano or its twin has no finished cell. ValueError: the weights are larger than 16 MiB.
+        FileNotFoundError: the nano or its twin has no finished cell. ValueError: they were trained in different ways, or
+            the weights are larger than 16 MiB.
     """
-    import torch
-
     from kimi_linear.data import load_tokenizer
     from kimi_linear.folder import load, save
 
     best = {which: best_cell(config, folder, which) for which in ("nano", "twin")}
+    ours, theirs = ({**values["settings"], "model": ""} for _, values in best.values())
+    if ours != theirs:
+        raise ValueError(f"twin: expected the settings of the nano, {ours}, got {theirs}; train it with the same flags")
     results = {
         "sources": read_about(config.data)["sources"],
         **{which: {"sweep": sweep(config, folder, which), **values} for which, (_, values) in best.items()},
     }
-    model, _ = load(best["nano"][0], dtype=torch.bfloat16)
+    model, _ = load(best["nano"][0])
     new = config.package.with_name(f".{config.package.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     save(model, new, load_tokenizer(config.data))
@@ -85,8 +87,9 @@ def _of_this_size(config: NanoConfig, values: dict[str, Any]) -> bool:
 def card(results: dict[str, Any]) -> str:
     """MODEL_CARD.md of ``results``: nothing in it is written by hand but the words between the numbers."""
     nano, twin = results["nano"], results["twin"]
-    train = nano["data"]["train"]
-    epochs = nano["points"][-1]["tokens"] / train["tokens"]
+    train, settings = nano["data"]["train"], nano["settings"]
+    times = settings["prose_times"]
+    passes = nano["points"][-1]["tokens"] / (train["tokens"] + (times - 1) * train["prose_tokens"])
     lines = [
         "# kimi-linear-nano",
         "",
@@ -95,13 +98,14 @@ def card(results: dict[str, Any]) -> str:
         "continues English prose and Python; it knows nothing, follows no instructions, and is no basis for decisions.",
         "",
         "```bash",
-        'kimi-linear generate --model nano "Once upon a time"',
+        'kimi-linear generate "Once upon a time"',
         "```",
         "",
         "## Held-out bits per byte",
         "",
         "Lower is better. The twin has full attention with rotary positions in every layer, the same number of parameters within "
-        "1 %, the same tokens in the same order, and the best of its own learning rates.",
+        "1 %, the same tokens in the same order, and the same settings: the learning rate is the one that was best for the twin "
+        "in a sweep.",
         "",
         "| model | parameters | prose | code |",
         "|---|---|---|---|",
@@ -118,8 +122,10 @@ def card(results: dict[str, Any]) -> str:
         "",
         "## Training",
         "",
-        f"{nano['points'][-1]['tokens'] / 1e6:,.0f} million tokens, {epochs:.1f} times through {train['bytes'] / 1e6:,.0f} MB of text "
-        f"({train['tokens']:,} tokens of a vocabulary trained on it).",
+        f"{nano['points'][-1]['tokens'] / 1e6:,.0f} million tokens of a vocabulary trained on the text: {passes:.1f} times through its "
+        f"{(train['bytes'] - train['prose_bytes']) / 1e6:,.0f} MB of code ({train['tokens'] - train['prose_tokens']:,} tokens) and "
+        f"{passes * times:.1f} times through its {train['prose_bytes'] / 1e6:,.0f} MB of prose ({train['prose_tokens']:,} tokens). "
+        f"{settings['batch_size']} rows of {settings['sequence_length']:,} tokens a step.",
         "",
         "| model | hardware | minutes | tokens/s | of the bf16 matmul ceiling | optimizer | learning rate |",
         "|---|---|---|---|---|---|---|",

@@ -70,7 +70,8 @@ def test_generate_takes_stop_strings_one_by_one(model, capsys):
     assert capsys.readouterr().out[2:-1] == whole[: whole.index(whole[3:5])]
 
 
-def test_generate_says_how_to_make_a_model(capsys):
+def test_generate_says_how_to_make_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("kimi_linear.folder.SHIPPED_FOLDER", tmp_path / "none")
     assert main(["generate"]) == 1
     assert "make one with: kimi-linear train" in capsys.readouterr().err
 

@@ -326,6 +326,15 @@ def test_weights_that_are_too_large_do_not_ship(trained, data, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_twins_of_other_settings_do_not_ship(trained, data, tmp_path):
+    for path in trained.glob("*-adamw-*.json"):
+        values = json.loads(path.read_text())
+        values["settings"]["lr"] *= 2 if path.name.startswith("twin") else 1
+        (tmp_path / path.name).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="twin: expected the settings of the nano"):
+        list(nano.run(config_for(data, part="package", package=tmp_path / "nano"), tmp_path))
+
+
 def test_nothing_ships_without_a_finished_twin(data, tmp_path, trained):
     for path in trained.glob("nano-*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -342,6 +351,8 @@ def test_generate_and_demo_take_what_ships(packaged, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kimi_linear.folder.SHIPPED_FOLDER", packaged)
     assert main(["generate", "Once upon a time", "--max-tokens", "4", "--seed", "0", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time")
+    assert main(["generate", "--max-tokens", "4", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time")
     screen = Quiet()
     open_with_shipped_model(DemoRun(DemoConfig(opening_tokens=3), screen, "cpu"))
