@@ -94,8 +94,8 @@ def kda_decode(
     With ``keep`` the state after every token stays: to take back the tokens after the j-th, which is what speculative
     decoding does, pass ``keep[:, j]`` as ``slots`` of the next call. No state is copied.
 
-    On a GPU the host waits at most in the first call with a pool, and nothing is kept but four bytes a slot and key head, for as
-    long as the pool's memory lives. So a CUDA graph may record the call; the values of ``slots`` and ``keep`` may change
+    On a GPU the host waits at most in the first call with a pool, and nothing is kept but at most two bytes a slot and value
+    channel, for as long as the pool's memory lives. So a CUDA graph may record the call; the values of ``slots`` and ``keep`` may change
     between replays. Calls on different slots may run at the same time.
 
     Args:
@@ -183,7 +183,7 @@ def _run(
     q, _, v, _, _, out_gate, _, _, taps_q, taps_k, taps_v, _, _, _, slots, keep = step
     others = (
         bound, eps, activation, impl, out_gate is None, taps_q is None, taps_k is None, taps_v is None, slots is None,
-        keep is None, out is None,
+        keep is None, out is None, torch.is_grad_enabled(),
     )  # fmt: skip
     tensors = [x for x in (*step, out) if x is not None]
     run = None

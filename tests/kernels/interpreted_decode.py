@@ -26,7 +26,7 @@ STEPS = {
     "waiting": {"batch": 2, "heads": 2, "conv_size": 3},
 }
 CONFIGS = {
-    "sliced": Config(constants={"BV": 16, "PDL": 0, "LEAD": 1}, num_warps=1),
+    "sliced": Config(constants={"BV": 16, "PDL": 0, "AHEAD": 0}, num_warps=1),
     # One program a head, or the first would wait for those that the interpreter runs after it.
     "waiting": Config(constants={"BV": 32, "PDL": 0, "AHEAD": 2}, num_warps=1),
 }

@@ -68,7 +68,7 @@ def compiled_step(width: int, tokens: int, arch: int, count: str = "many heads",
     end = 0 if not several else 1 if count == "one token, few heads" else 2
     end = overrides.get("END", end)
     types["tickets"] = "*i64" if end == 1 else "*i32"
-    constants |= {"END": end, "AHEAD": config.constants.get("AHEAD", 0), "LEAD": config.constants.get("LEAD", 0)}
+    constants |= {"END": end, "AHEAD": config.constants.get("AHEAD", 0)}
     constants["ROWS"] = min(constants["BV"], 4 * config.num_warps)
     constants |= {"HAS_KEEP": tokens > 1, "PDL": config["PDL"], "MEMORY_SLOT": row * width, "WINDOW_SLOT": 9 * row}
     for name, size in (("Q", row), ("K", row), ("V", row), ("G", row), ("BETA", heads), ("OG", row)):

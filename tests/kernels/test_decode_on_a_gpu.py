@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kimi_linear.kernels.triton.configs import Config, device_arch, table
-from kimi_linear.kernels.triton.decode import prepare
+from kimi_linear.kernels.triton.decode import TICKET, WAIT, prepare
 from kimi_linear.ops import DecodePool, recurrent_kda
 from kimi_linear.testing.decode import DecodeInputs, decode_inputs
 from kimi_linear.testing.factories import GATE_KINDS, kda_inputs
@@ -113,7 +113,7 @@ def test_neighbours_and_slots_do_not_matter() -> None:
         assert torch.equal(pool.memory[0], first.pool.memory[order[row]])
 
 
-def through(inputs: DecodeInputs, slots: torch.Tensor, config: Config) -> torch.Tensor:
+def through(inputs: DecodeInputs, slots: torch.Tensor, config: Config, ending: int | None) -> torch.Tensor:
     """A step with a launch of one's own choice."""
     gate, taps, norm, pool = inputs.gate, inputs.taps, inputs.norm, inputs.pool
     assert taps is not None
@@ -122,7 +122,7 @@ def through(inputs: DecodeInputs, slots: torch.Tensor, config: Config) -> torch.
         norm.weight, pool.memory, pool.window, slots, None,
     )  # fmt: skip
     output = torch.full_like(inputs.v, float("nan"))
-    run = prepare(step, lower_bound=None, eps=norm.eps, activation=norm.activation, config=config)
+    run = prepare(step, lower_bound=None, eps=norm.eps, activation=norm.activation, config=config, ending=ending)
     run(step, output)
     return output
 
@@ -139,31 +139,56 @@ def test_launches_give_the_same_bits(width: int, tokens: int) -> None:
     slots, expected = indices(5, 1, 2), None
     for config in configs:
         config = replace(config, constants={**config.constants, "BV": min(width, config["BV"])})
-        twin = inputs.fresh()
-        got = (through(twin, slots, config), twin.pool.memory, twin.pool.window)
-        expected = expected or got
-        for a, b in zip(got, expected, strict=True):
-            assert torch.equal(a, b), config
+        for ending in (WAIT.value, TICKET.value) if tokens == 1 else (TICKET.value,):
+            twin = inputs.fresh()
+            got = (through(twin, slots, config, ending), twin.pool.memory, twin.pool.window)
+            expected = expected or got
+            for a, b in zip(got, expected, strict=True):
+                assert torch.equal(a, b), (config, ending)
 
 
-def test_one_row_of_many_heads_is_a_row_alone() -> None:
-    """At the released model's heads one sequence and five take different entries of the table."""
-    inputs = decode_inputs(5, 1, 32, slots=8, dtype=torch.bfloat16, **WIDE)
+def test_slots_may_be_written_by_the_kernel_right_before() -> None:
+    """A step may be launched before that one has ended: what it read of the slots then was a guess."""
+    inputs = decode_inputs(3, 1, 4, slots=9, dtype=torch.bfloat16, **WIDE)
+    orders = [torch.randperm(9, device="cuda", dtype=torch.int32)[:3] for _ in range(60)]
+    for i, order in enumerate(orders):
+        order[i % 3] = order[i % 3] if i % 4 else -1
+    twin, slots, out, graph = inputs.fresh(), indices(0, 1, 2), torch.empty_like(inputs.v), torch.cuda.CUDAGraph()
+    expected = torch.stack([twin.step(slots=order) for order in orders])
+    found = torch.zeros_like(expected)
+    inputs.fresh().step(slots=slots, out=out)
+    with torch.cuda.graph(graph):
+        for order, place in zip(orders, found, strict=True):
+            slots.copy_(order)
+            inputs.step(slots=slots, out=out)
+            place.copy_(out)
+    graph.replay()
+    assert torch.equal(found, expected)
+    assert torch.equal(inputs.pool.memory, twin.pool.memory)
+    assert torch.equal(inputs.pool.window, twin.pool.window)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_one_row_of_many_heads_is_a_row_alone(rows: int) -> None:
+    """At the released model's heads one sequence and five take different entries of the table; forty ask for rows ahead."""
+    inputs = decode_inputs(rows, 1, 32, slots=rows + 3, dtype=torch.bfloat16, **WIDE)
     many, alone = inputs.fresh(), inputs.fresh()
-    slots = indices(7, 2, 0, 5, 3)
+    slots = torch.randperm(rows + 3, device="cuda", dtype=torch.int32)[:rows]
+    slots[rows // 2] = -1
     output = many.step(slots=slots)
-    for row in range(5):
+    for row in range(rows):
         part = alone.rows(slice(row, row + 1))
         assert torch.equal(part.step(slots=slots[row : row + 1])[0], output[row])
     assert torch.equal(alone.pool.memory, many.pool.memory)
     assert torch.equal(alone.pool.window, many.pool.window)
 
 
-def test_calls_on_two_streams_do_not_disturb_each_other() -> None:
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_calls_on_two_streams_do_not_disturb_each_other(rows: int) -> None:
     """Two halves of one pool, 200 steps each at the same time: bitwise what one half after the other gives."""
-    inputs = decode_inputs(16, 1, 32, slots=16, dtype=torch.bfloat16, **WIDE)
+    inputs = decode_inputs(2 * rows, 1, 32, slots=2 * rows, dtype=torch.bfloat16, **WIDE)
     together, apart = inputs.fresh(), inputs.fresh()
-    halves = [(slice(0, 8), indices(*range(8))), (slice(8, 16), indices(*range(8, 16)))]
+    halves = [(slice(start, start + rows), indices(*range(start, start + rows))) for start in (0, rows)]
     streams = [torch.cuda.Stream() for _ in halves]
     torch.cuda.synchronize()
     for _ in range(200):

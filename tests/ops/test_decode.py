@@ -216,3 +216,15 @@ def test_another_call_of_a_known_kind_checks_its_slots_again() -> None:
         inputs.step(slots=torch.tensor([0, 7]))
     assert isinstance(inputs.gate, SoftplusGate)
     assert isinstance(inputs.taps, ConvTaps)
+
+
+def test_a_gradient_is_refused_after_a_call_that_asked_for_none() -> None:
+    """Known calls are not checked again; what was right without gradients is not with them."""
+    inputs = decode_inputs(2, 1, **SMALL)
+    weight = inputs.norm.weight.requires_grad_()
+    with torch.no_grad():
+        inputs.step()
+        inputs.step()
+    assert weight.requires_grad
+    with pytest.raises(ValueError, match="no gradient"):
+        inputs.step()

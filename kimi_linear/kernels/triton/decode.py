@@ -30,8 +30,7 @@ places where it pays say ``tl.fma``.
 **What is asked for early.** From sm_90 on the kernel may be launched while the one before it still runs (PDL). It waits for
 that one's end before it uses anything, but it may ask: AHEAD = 1 brings the slot's rows and windows into the L2 before the
 wait, AHEAD = 2 also goes on with that slot after it, while the slot is read again, and loads anew where the guess was wrong.
-LEAD > 0 brings in what the program reads that takes this one's place, LEAD programs a multiprocessor later, so that memory
-does not rest while this one computes. All these are hints: no value that is used was read before the wait.
+These are hints: no value that is used was read before the wait.
 """
 
 from __future__ import annotations
@@ -122,8 +121,8 @@ def store_here(pointer, values):
 
 
 @triton.jit
-def ask_ahead(pointer, wanted, BYTES: tl.constexpr):
-    """Have BYTES from ``pointer`` on brought into the L2, where wanted. Nothing is read: it is a hint, by one thread."""
+def ask_ahead(pointer, BYTES: tl.constexpr):
+    """Have BYTES from ``pointer`` on brought into the L2, for which one thread asks. Nothing is read: it is a hint."""
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             """{
@@ -132,28 +131,27 @@ def ask_ahead(pointer, wanted, BYTES: tl.constexpr):
             .reg .b64 start;
             mov.u32 thread, %tid.x;
             setp.eq.u32 one, thread, 0;
-            setp.ne.and.u32 one, $3, 0, one;
             and.b64 start, $1, -16;
             @one cp.async.bulk.prefetch.L2.global [start], $2;
             mov.b32 $0, 0;
             }""",
-            "=r,l,r,r", [pointer.to(tl.int64), BYTES, tl.cast(wanted, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+            "=r,l,r", [pointer.to(tl.int64), BYTES], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
 @triton.jit
 def ask_for(
-    memory, window, hv, start, wanted,
+    memory, window, hv, start,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """What a program reads of its slot: rows of the state, and windows of q, k and v."""
-    ask_ahead(memory + (hv * V + start) * K, wanted, BV * K * 4)
+    ask_ahead(memory + (hv * V + start) * K, BV * K * 4)
     if W > 1:
         COLUMN: tl.constexpr = (W - 1) * (window.dtype.element_ty.primitive_bitwidth // 8)
         h = hv // (HV // H)
-        ask_ahead(window + h * K * (W - 1), wanted, K * COLUMN // 16 * 16)
-        ask_ahead(window + (H + h) * K * (W - 1), wanted, K * COLUMN // 16 * 16)
-        ask_ahead(window + (2 * H * K + hv * V + start) * (W - 1), wanted, BV * COLUMN // 16 * 16)
+        ask_ahead(window + h * K * (W - 1), K * COLUMN // 16 * 16)
+        ask_ahead(window + (H + h) * K * (W - 1), K * COLUMN // 16 * 16)
+        ask_ahead(window + (2 * H * K + hv * V + start) * (W - 1), BV * COLUMN // 16 * 16)
 
 
 @triton.jit
@@ -361,19 +359,19 @@ def decode_kernel(
     q, k, v, gate, beta, out_gate, A_log, dt_bias, taps_q, taps_k, taps_v, weight, memory, window, slots, keep, scratch,
     tickets, output, last_slot,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
-    S: tl.constexpr, GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, SCALE: tl.constexpr,
-    EPS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_KEEP: tl.constexpr, PDL: tl.constexpr,
-    ROWS: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr, END: tl.constexpr, MEMORY_SLOT: tl.constexpr, WINDOW_SLOT: tl.constexpr, Q_B: tl.constexpr,
+    S: tl.constexpr, GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_KEEP: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr,
+    AHEAD: tl.constexpr, END: tl.constexpr, MEMORY_SLOT: tl.constexpr, WINDOW_SLOT: tl.constexpr, Q_B: tl.constexpr,
     Q_S: tl.constexpr, K_B: tl.constexpr, K_S: tl.constexpr, V_B: tl.constexpr, V_S: tl.constexpr, G_B: tl.constexpr,
     G_S: tl.constexpr, BETA_B: tl.constexpr, BETA_S: tl.constexpr, OG_B: tl.constexpr, OG_S: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HV // H
     PROGRAMS: tl.constexpr = GROUP * (V // BV)
     ONE: tl.constexpr = S == 1 and not HAS_KEEP
+    # ROWS: of a tile, those whose threads hold one row each
     HELD: tl.constexpr = END == WAIT  # the inputs of the convolution stay in registers, for the new window
     GUESS: tl.constexpr = AHEAD > 1 and HAS_SLOTS and HELD
     hv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    batch = tl.num_programs(2)
     h, start = hv // GROUP, tl.program_id(0) * BV
     dim_k, dim_v = tl.arange(0, K), start + tl.arange(0, BV)
     channel, channel_v = h * K + dim_k, hv * V + dim_v
@@ -383,18 +381,12 @@ def decode_kernel(
         if HAS_SLOTS:
             guess = tl.load(slots + b, cache_modifier=".cg").to(tl.int64)
             guess = tl.minimum(tl.maximum(guess, 0), last_slot)
-        ask_for(memory + guess * MEMORY_SLOT, window + guess * WINDOW_SLOT, hv, start, True, H, HV, K, V, BV, W)
+        ask_for(memory + guess * MEMORY_SLOT, window + guess * WINDOW_SLOT, hv, start, H, HV, K, V, BV, W)
     if PDL:
         cuda.gdc_wait()  # the kernel before this one has ended, and all that it wrote is there
         cuda.gdc_launch_dependents()
     if HAS_SLOTS:
         slot = tl.load(slots + b).to(tl.int64)
-    if LEAD > 0:  # the program that will take this one's place
-        then = tl.program_id(0) + (V // BV) * (hv + HV * tl.program_id(2)) + LEAD
-        row, place = then // (HV * (V // BV)), then % (HV * (V // BV))
-        later = tl.minimum(row, batch - 1).to(tl.int64)
-        if HAS_SLOTS:
-            later = tl.load(slots + later).to(tl.int64)
     x_q, x_k, x_v = q + b * Q_B, k + b * K_B, v + b * V_B
     rate = tl.load(A_log + hv).to(tl.float32)
     bias = tl.load(dt_bias + hv * K + dim_k).to(tl.float32)
@@ -432,14 +424,13 @@ def decode_kernel(
     if END == WAIT:  # one more than that of the last call with this slot
         words = tickets + slot * (HV * (V // QUAD) + H)
         turn = tl.load(words + HV * (V // QUAD) + h) + 1
-    if END == WAIT:
         scales = tl.load(weight + dim_v).to(tl.float32)
         y = scales
         if ACTIVATION > 0:
             y = tl.load(out_gate + b * OG_B + channel_v).to(tl.float32)
     sums = output
     if END == TICKET and V != BV:
-        sums = scratch + batch.to(tl.int64) * (S * HV * V)  # of squares, behind the raw outputs
+        sums = scratch + tl.num_programs(2).to(tl.int64) * (S * HV * V)  # of squares, behind the raw outputs
     o = tl.zeros([BV], tl.float32)
     for s in range(S):
         if HELD:
@@ -461,11 +452,6 @@ def decode_kernel(
         both = tl.reshape(both, [K // LANES, LANES])[None, :, :]  # one journey to the threads that hold the state
         wide_q = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         wide_k = both.to(tl.int32).to(tl.float32, bitcast=True)
-        if LEAD > 0:  # now that this one's reads are answered; so memory does not rest while this one computes
-            ask_for(
-                memory + later * MEMORY_SLOT, window + later * WINDOW_SLOT, place // (V // BV), place % (V // BV) * BV,
-                (row < batch) & (later >= 0) & (s == 0), H, HV, K, V, BV, W,
-            )  # fmt: skip
         wide_q, wide_k = tl.broadcast_to(wide_q, state.shape), tl.broadcast_to(wide_k, state.shape)
         products = (state * wide_k, state * wide_q, wide_q * wide_q, wide_k * wide_k, wide_q * wide_k)
         held, seen, qq, kk, qk = tl.reduce(products, 1, add_all)
@@ -673,11 +659,10 @@ def _constants(
     strides = []
     for x in (q, k, v, gate, beta, out_gate):
         strides += [0, 0] if x is None else [x.stride(0), x.stride(1) if tokens > 1 else 0]
-    lead = config.constants.get("LEAD", 0) * (processors(q.device.index) if q.is_cuda else 1)
     rows = min(config["BV"], QUAD.value * config.num_warps)
     kind, kinds = 1 if lower_bound is None else 2, ("none", "sigmoid", "swish")
     return (
         heads, v_heads, key_dim, value_dim, config["BV"], 0 if taps is None else taps.shape[1], tokens, kind,
         lower_bound or 0.0, key_dim**-0.5, eps, kinds.index(activation), slots is not None, keep is not None,
-        config["PDL"], rows, config.constants.get("AHEAD", 0), lead, ending, memory.stride(0), window.stride(0), *strides,
+        config["PDL"], rows, config.constants.get("AHEAD", 0), ending, memory.stride(0), window.stride(0), *strides,
     )  # fmt: skip

@@ -1,8 +1,11 @@
-"""Tickets by which the programs of one head find out which of them arrives last (``decode.py``): one a slot and key head.
+"""Memory by which the programs of one head find each other (``decode.py``): tickets, or words that carry a call's number.
 
-A ticket counts arrivals and is set back to zero by the last, so between calls all are zero and no launch has to clear them.
-Two calls that run at the same time, on other streams or in other graphs, must not count the same one. A slot of a pool is
-used by one call at a time, which whoever decodes has to see to anyway; so tickets belong to a pool, a row of them to a slot,
+A ticket counts arrivals and is set back to zero by the last, so between calls all are zero. A word is left in one call, with
+that call's number, and read in no other; the number itself, one a slot and key head, grows by one with each call. So no launch
+has to clear anything.
+
+Two calls that run at the same time, on other streams or in other graphs, must not share them. A slot of a pool is
+used by one call at a time, which whoever decodes has to see to anyway; so they belong to a pool, a row of them to a slot,
 and are as separate as the states are. They live as long as the memory of the pool does; a graph that was recorded with it
 finds them at the same address.
 """
@@ -20,7 +23,7 @@ _TICKETS: dict[_Key, Tensor] = {}
 
 
 def tickets_of(memory: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """[count] of zeros between calls, for the slots of the pool ``memory`` [slots, HV, V, K]: the same at every call.
+    """[count], zeros at first, for the slots of the pool ``memory`` [slots, HV, V, K]: the same at every call.
 
     The first call with a pool clears them and waits until that is done, so that any stream may go on. While a graph is
     recorded nobody can wait: a pool first met there gets tickets of that call alone, cleared at each replay.
