@@ -546,7 +546,9 @@ def ending_of(q: Tensor, v: Tensor, config: Config, kept: bool) -> int:
     """How the programs of a head find each other.
 
     They may wait for each other only where each is sure to run. Where all programs of a launch fit on the GPU at once, they
-    are: in any order, and beside any kernel that ends. ``options_of`` keeps them to the registers that this counts with.
+    are: in any order, and beside any kernel that ends by itself. Several such launches beside each other may not fit together;
+    then it takes that programs start in the order of their index, as GPUs start them: only the last head of each launch is
+    ever there in part. ``options_of`` keeps programs to the registers that this counts with.
     """
     (batch, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
     programs = batch * v_heads * (value_dim // config["BV"])
