@@ -32,7 +32,7 @@ class GenerateArgs:
     runs/ where None, and nano where there is none."""
     device: str = "auto"
     """Such as "cpu" or "cuda:0"; "auto" takes a GPU where there is one."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_tokens=256, top_p=0.9))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_tokens=256, top_p=0.95))
     """How to draw."""
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 TEMPERATURE, TOP_P = 0.9, 0.95
 """Of the continuation; so small a model repeats itself when it is drawn from more greedily."""
-OPENING_TEMPERATURE, OPENING_TOP_P = 0.8, 0.9
-"""As `kimi-linear generate` draws."""
 
 WARM_UP_TOKENS = 2
 """Tokens generated at each context before the clock starts."""
@@ -75,7 +73,7 @@ def open_with_shipped_model(run: DemoRun) -> None:
         run.screen.say(f"kimi-linear-{SHIPPED}, which comes with the package, continues:")
         run.screen.write(OPENING)
         text = stream(
-            model, tokenizer, OPENING, max_tokens=config.opening_tokens, temperature=OPENING_TEMPERATURE, top_p=OPENING_TOP_P,
+            model, tokenizer, OPENING, max_tokens=config.opening_tokens, temperature=0.8, top_p=TOP_P,
             seed=config.seed,
         )  # fmt: skip
         try:

@@ -84,7 +84,7 @@ def test_bare_generate_and_chat_use_it_without_a_network(tmp_path, monkeypatch, 
     assert {"the", "of", "and", "to", "a"} & set(words[4:])
 
     class Lines:
-        lines = ["It is a truth", "She said"]  # noqa: RUF012
+        lines = ["It is a truth", "She said"]
 
         def isatty(self) -> bool:
             return False
