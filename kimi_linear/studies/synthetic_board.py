@@ -42,7 +42,7 @@ class Board:
         if self.device.type == "cuda":
             # Made once and handed on: libraries keep a workspace for every stream that they have ever seen.
             self.most, self.streams = config.lanes, [torch.cuda.Stream(self.device) for _ in range(config.lanes)]
-        self.began = time.monotonic()
+        self.began = self.counted = time.monotonic()
         self.trained = 0
 
     @property
@@ -67,7 +67,7 @@ class Board:
     def fill(self) -> None:
         """Begin cells, or go on with them, until all lanes are busy."""
         late = self.config.admit_seconds is not None and self.seconds >= self.config.admit_seconds
-        for cell in [] if late else self.waiting()[: self.most - len(self.lanes)]:
+        for cell in [] if late or len(self.lanes) >= self.most else self.waiting()[: self.most - len(self.lanes)]:
             if self.over():
                 break
             lane = lane_of(self.config, cell)
@@ -77,12 +77,13 @@ class Board:
 
     def go_on(self) -> Iterator[tuple[Cell, str]]:
         """Train a little; what was measured meanwhile, in words."""
-        since, before = time.monotonic(), sum(lane.step for lane in self.lanes.values())
+        before = sum(lane.step for lane in self.lanes.values())
         run_lanes(list(self.lanes.values()))
         found = {cell: lane.poll() for cell, lane in self.lanes.items()}
         self.trained += sum(lane.step for lane in self.lanes.values()) - before
+        since, self.counted = self.counted, time.monotonic()
         for lane in self.lanes.values():
-            lane.curve.seconds += (time.monotonic() - since) / len(self.lanes)
+            lane.curve.seconds += (self.counted - since) / len(self.lanes)
         for cell, points in found.items():
             for point in points:
                 yield cell, f"{cell.name} · step {point.step:,} · {100 * point.sequence_accuracy:.1f} %"
