@@ -110,20 +110,16 @@ class MQAR:
     num_queries: int = 64
     """Keys asked for. None is asked for again before all have been; where there are more queries than pairs, again they are."""
     vocab: int = 512
-    """Symbols: keys are the first, values the others."""
-    num_values: int | None = None
-    """Values among the symbols; half of them where None."""
+    """Symbols: keys are the first half, values the second."""
 
     name = "mqar"
 
     def __post_init__(self) -> None:
         _at_least(self, num_pairs=1, num_queries=1, vocab=2)
-        if not 1 <= self.values < self.vocab:
-            raise ValueError(f"num_values: expected 1 to {self.vocab - 1} of vocab == {self.vocab}, got {self.values}")
-        if self.num_pairs > self.vocab - self.values:
+        if self.num_pairs > self.vocab // 2:
             raise ValueError(
-                f"num_pairs: expected at most the {self.vocab - self.values} different keys of vocab == {self.vocab}, got "
-                f"{self.num_pairs}; raise vocab to {self.num_pairs + (self.num_values or self.num_pairs)}"
+                f"num_pairs: expected at most the {self.vocab // 2} different keys of vocab == {self.vocab}, got "
+                f"{self.num_pairs}; raise vocab to {2 * self.num_pairs}"
             )
 
     @staticmethod
@@ -134,11 +130,6 @@ class MQAR:
         """
         pairs = (tokens - 1) // (2 + asked)
         return MQAR(num_pairs=pairs, num_queries=asked * pairs, vocab=2 * pairs if vocab is None else vocab)
-
-    @property
-    def values(self) -> int:
-        """Different values."""
-        return self.vocab - self.vocab // 2 if self.num_values is None else self.num_values
 
     @property
     def vocab_size(self) -> int:
@@ -157,9 +148,9 @@ class MQAR:
 
     def batch(self, generator: torch.Generator, batch_size: int) -> Batch:
         """``batch_size`` fresh sequences on the generator's device."""
-        num_keys = self.vocab - self.values
+        num_keys = self.vocab // 2
         keys = _distinct(num_keys, self.num_pairs, batch_size, generator)
-        values = num_keys + _randint(self.values, keys.shape, generator)
+        values = num_keys + _randint(self.vocab - num_keys, keys.shape, generator)
         rounds = [min(self.num_pairs, self.num_queries - i) for i in range(0, self.num_queries, self.num_pairs)]
         asked = torch.cat([_distinct(self.num_pairs, count, batch_size, generator) for count in rounds], 1)
         pairs = torch.stack([keys, values], 2).flatten(1)

@@ -102,8 +102,6 @@ def test_for_length_fills_the_length(kind, tokens):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="num_pairs: expected at most the 8 different keys of vocab == 16, got 9"):
         MQAR(num_pairs=9, num_queries=1, vocab=16)
-    with pytest.raises(ValueError, match="num_values: expected 1 to 15 of vocab == 16, got 16"):
-        MQAR(num_pairs=4, num_queries=5, vocab=16, num_values=16)
     with pytest.raises(ValueError, match="length: expected at least 2, got 1"):
         Palindrome(length=1)
     with pytest.raises(ValueError, match=r"pop_probability: expected a number in \(0, 1\], got 0"):
@@ -125,7 +123,7 @@ def test_scored_holds_every_target(task):
 
 
 def test_mqar_asks_for_every_key_before_it_asks_again():
-    task = MQAR(num_pairs=6, num_queries=15, vocab=9, num_values=3)
+    task = MQAR(num_pairs=6, num_queries=15, vocab=12)
     for tokens, targets in rows(draw(task)):
         memory = dict(zip(tokens[0:12:2], tokens[1:12:2], strict=True))
         assert max(memory) < 6 <= min(memory.values())
