@@ -68,6 +68,8 @@ for layout, (inputs, has_state) in CASES.items():
     for name, (operator, arguments) in runs.items():
         # What a forward leaves for chunks that packed sequences do not need is not written: no two runs agree there.
         left = name == "chunk_kda_train" and layout == "packed"
-        checks = ["test_schema", "test_autograd_registration", "test_faketensor"] + ["test_aot_dispatch_dynamic"] * (not left)
+        checks = ["test_schema", "test_autograd_registration", "test_faketensor"] + ["test_aot_dispatch_dynamic"] * (
+            not left
+        )
         verdict = torch.library.opcheck(operator, arguments, test_utils=checks, raise_exception=False)
         show("opcheck", f"{name} {layout}", all(v == "SUCCESS" for v in verdict.values()) or verdict)

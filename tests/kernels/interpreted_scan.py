@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kimi_linear.kernels.triton.configs import Config
+from kimi_linear.kernels.triton.cuts import Cut, plan
 from kimi_linear.kernels.triton.scan import ScanResult, scan
 from kimi_linear.kernels.triton.scan_backward import ScanGradients, scan_backward
-from kimi_linear.kernels.triton.cuts import Cut, plan
 from kimi_linear.testing.chunk_scan import ScanInputs, exact_scan, scan_inputs
 from kimi_linear.testing.tolerances import relative_error
 

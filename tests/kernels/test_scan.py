@@ -36,9 +36,9 @@ def test_interpreted_in_every_layout_whole_and_cut() -> None:
 
 def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 4000) -> list[Launch]:
     """Every kernel of both directions, with all that they can do switched on, in bf16."""
+    from kimi_linear.kernels.triton.cuts import Cut
     from kimi_linear.kernels.triton.scan import scan
     from kimi_linear.kernels.triton.scan_backward import scan_backward
-    from kimi_linear.kernels.triton.cuts import Cut
 
     chunks, cut = 2 * -(-tokens // 128), Cut(most=4)
 

@@ -21,9 +21,9 @@ LENGTHS = [100, 0, 1, 64, 900]
 
 def both(inputs: ScanInputs, most: int) -> dict[str, Tensor]:
     """Forward with all that it saves and backward, sequences cut in at most ``most`` segments."""
+    from kimi_linear.kernels.triton.cuts import Cut
     from kimi_linear.kernels.triton.scan import scan
     from kimi_linear.kernels.triton.scan_backward import scan_backward
-    from kimi_linear.kernels.triton.cuts import Cut
 
     x, cut = inputs, Cut(most=most, least=2)
     output = torch.full_like(x.d_output, torch.nan)

@@ -97,10 +97,11 @@ def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 200) -> list
     return launches
 
 
-CHUNK_KERNELS = (
+ANCHORED = {"anchor_kernel", "anchored_backward_kernel", "token_backward_kernel"}
+CHUNK_KERNELS = ANCHORED | {
     "prepare_kernel", "steep_kernel", "solve_kernel", "value_backward_kernel", "state_backward_kernel", "pair_backward_kernel",
     "steep_backward_kernel",
-)  # fmt: skip
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [90, 100])
@@ -109,13 +110,13 @@ CHUNK_KERNELS = (
 def test_compiles_within_bounds(key_dim: int, value_dim: int, arch: int) -> None:
     """Every bf16 configuration of the table: no more shared memory than there is, spills only where they were timed."""
     launches = [launch for launch in launched(arch, key_dim, value_dim) if launch.kernel in CHUNK_KERNELS]
-    assert {launch.kernel for launch in launches} == set(CHUNK_KERNELS)
+    assert {launch.kernel for launch in launches} == CHUNK_KERNELS - (ANCHORED if key_dim < 64 else set())
     for launch in launches:
         assert launch.shared <= SHARED_LIMIT[arch], launch
         assert launch.stack <= SPILLED.get(launch.kernel, 0), launch
 
 
-SPILLED = {"pair_backward_kernel": 488, "value_backward_kernel": 8}
+SPILLED = {"pair_backward_kernel": 192, "value_backward_kernel": 8, "anchored_backward_kernel": 48}
 """Bytes a thread, where what spills nothing was slower on an H200: see docs/LOG.md."""
 
 

@@ -2,7 +2,9 @@
 
     forward     prepare, steep, solve (all chunks at once) -> scan (chunk after chunk)
     backward    scan_backward                         d_u' and the gradient of every chunk's state
-                value_backward, state_backward, pair_backward, steep     all chunks at once
+                value_backward                        all chunks at once, and so on
+                anchor, anchored_backward, token_backward       chunks that one anchor serves
+                state_backward, pair_backward, steep            those that forget more
 
 Raw gate, l2 norm and beta go in as they are; no fp32 gate tensor is made. Exact at every gate. What is kept between the two
 passes: saved.py.
@@ -18,6 +20,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kimi_linear.kernels.triton.anchor import anchor_kernel
+from kimi_linear.kernels.triton.anchored_backward import anchored_backward_kernel
 from kimi_linear.kernels.triton.common import stretches
 from kimi_linear.kernels.triton.configs import config_of
 from kimi_linear.kernels.triton.pair_backward import pair_backward_kernel
@@ -29,6 +33,7 @@ from kimi_linear.kernels.triton.segments import precision_of, shape_class
 from kimi_linear.kernels.triton.solve import solve_kernel
 from kimi_linear.kernels.triton.state_backward import state_backward_kernel
 from kimi_linear.kernels.triton.steep import steep_backward_kernel, steep_kernel
+from kimi_linear.kernels.triton.token_backward import token_backward_kernel
 from kimi_linear.kernels.triton.value_backward import value_backward_kernel
 
 
@@ -150,9 +155,11 @@ def backward(
     d_right, d_states, d_initial = reverse.d_written, reverse.d_states, reverse.d_initial_state
     dv = torch.empty(problem.v.shape, dtype=problem.v.dtype, device=problem.v.device)
     of_pairs = _value_backward(problem, layout, saved.inverse, saved.written, d_right, output, d_output, dv)
-    raw = _state_backward(problem, layout, saved.states, d_states, saved.written, d_right, d_output)
-    del reverse, d_states, d_right
-    return _pair_backward(problem, layout, saved, of_pairs, raw, dv, d_initial)
+    keys = _KeyGradients(problem, layout)
+    if layout.chunks:
+        served = _anchored_backward(problem, layout, saved, of_pairs, d_right, d_states, d_output, keys)
+        _pair_backward(problem, layout, saved, of_pairs, d_right, d_states, d_output, served, keys)
+    return keys.gradients(dv, d_initial)
 
 
 def _tiles(problem: Problem, layout: _Layout, *, save: bool) -> _Tiles:
@@ -238,81 +245,129 @@ def _value_backward(
     return d_keys, d_pairs, sums
 
 
-def _state_backward(
-    problem: Problem,
-    layout: _Layout,
-    states: Tensor,
-    d_states: Tensor,
-    written: Tensor,
-    d_right: Tensor,
-    d_output: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_q, d_k, d_p where d_gate goes, d_decay): the products with the states, for ``_pair_backward``."""
-    q, gate, (batch, tokens, heads, key_dim), (v_heads, value_dim) = (
-        problem.q, problem.gate, problem.q.shape, problem.v.shape[2:],
-    )  # fmt: skip
-    chunks = layout.chunks
-    # Value heads of one key head add up, in fp32.
-    own = q.dtype if heads == v_heads else torch.float32
-    dq, dk = (torch.empty(batch, tokens, v_heads, key_dim, dtype=own, device=q.device) for _ in range(2))
-    d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
-    d_decay = torch.empty(chunks, v_heads, key_dim, dtype=torch.float32, device=q.device)
-    config = config_of("kda_state_backward", q, shape_class(key_dim, q.dtype))
-    block = min(config["BK"], key_dim)
-    if chunks:
-        state_backward_kernel[(chunks * (key_dim // block), v_heads)](
-            states, d_states, written, d_right, d_output, problem.cu_seqlens, layout.cu_chunks, dq, dk, d_gate, d_decay,
-            layout.sequences, tokens, v_heads, key_dim, value_dim, block, min(config["BV"], value_dim),
-            problem.cu_seqlens is not None, layout.dot, layout.precision,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return dq, dk, d_gate, d_decay
+class _KeyGradients:
+    """Where the gradients go that live in the key dim, partial sums of two paths among them, which share out the chunks."""
+
+    def __init__(self, problem: Problem, layout: _Layout) -> None:
+        q, gate, (batch, tokens, heads, key_dim), v_heads = problem.q, problem.gate, problem.q.shape, problem.v.shape[2]
+        self.problem = problem
+        self.block = min(config_of("kda_pair_backward", q, shape_class(key_dim, q.dtype))["BK"], key_dim)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=q.device)
+
+        # Value heads of one key head add up, in fp32.
+        own = q.dtype if heads == v_heads else torch.float32
+        self.q, self.k = (torch.empty(batch, tokens, v_heads, key_dim, dtype=own, device=q.device) for _ in range(2))
+        self.gate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
+        self.beta = zeros(key_dim // self.block, batch, tokens, v_heads)
+        self.of_tiles = zeros(4 * layout.chunks, v_heads, 16), zeros(4 * layout.chunks, v_heads, key_dim)
+        self.of_chunks = zeros(layout.chunks, v_heads, key_dim), zeros(layout.chunks, v_heads, key_dim)
+
+    def gradients(self, dv: Tensor, d_initial: Tensor | None) -> Gradients:
+        """Summed up, in a fixed order."""
+        p, dq, dk, (heads, v_heads) = self.problem, self.q, self.k, (self.problem.q.shape[2], dv.shape[2])
+        if heads != v_heads:
+            dq, dk = (x.unflatten(2, (heads, -1)).sum(3).to(p.q.dtype) for x in (dq, dk))
+        d_A = d_bias = None
+        if p.A_log is not None:
+            d_A = self.of_tiles[0].sum((0, 2)) + self.of_chunks[0].sum((0, 2))
+            d_A = d_A.view(p.A_log.shape).to(p.A_log.dtype)
+        if p.dt_bias is not None:
+            d_bias = self.of_tiles[1].sum(0) + self.of_chunks[1].sum(0)
+            d_bias = d_bias.view(p.dt_bias.shape).to(p.dt_bias.dtype)
+        return Gradients(dq, dk, dv, self.gate, self.beta.sum(0).to(p.beta.dtype), d_A, d_bias, d_initial)
 
 
-def _pair_backward(
-    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor],
-    raw: tuple[Tensor, Tensor, Tensor, Tensor], dv: Tensor, d_initial: Tensor | None,
-) -> Gradients:  # fmt: skip
-    q, k, gate, beta, A_log, dt_bias = (
-        problem.q, problem.k, problem.gate, problem.beta, problem.A_log, problem.dt_bias,
+NARROWEST = 64
+"""Key channels: products with 32 columns came out wrong in anchored_backward.py on an H100 (Triton 3.6.0)."""
+AT_ONCE = 2048
+"""Chunks times heads of which anchor.py's tensors are kept: enough for every processor, small beside what a forward leaves."""
+
+
+def _anchored_backward(
+    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor], d_right: Tensor,
+    d_states: Tensor, d_output: Tensor, results: _KeyGradients,
+) -> Tensor:  # fmt: skip
+    """``served`` [chunks, HV], 0 or 1; the gradients of all chunks where it is 1."""
+    q, k, gate, beta, (tokens, heads, key_dim), (v_heads, value_dim) = (
+        problem.q, problem.k, problem.gate, problem.beta, problem.q.shape[1:], problem.v.shape[2:],
     )  # fmt: skip
-    (batch, tokens, heads, key_dim), v_heads, device = q.shape, problem.v.shape[2], q.device
-    anchors, totals, flags, norms = saved.anchors, saved.totals, saved.flags, saved.norms
-    dq, dk, d_gate, d_decay = raw
+    d_keys, d_pairs, sums = of_pairs
     shape, packed, lower_bound = (
         shape_class(key_dim, q.dtype),
         problem.cu_seqlens is not None,
         problem.lower_bound or 0.0,
     )
-    pair, steep = config_of("kda_pair_backward", q, shape), config_of("kda_steep_backward", q, shape)
-    block, chunks = min(pair["BK"], key_dim), layout.chunks
-    slices = key_dim // block
-    d_beta = torch.empty(slices, batch, tokens, v_heads, dtype=torch.float32, device=device)
-    d_A, d_bias = (torch.zeros(chunks, v_heads, key_dim, dtype=torch.float32, device=device) for _ in range(2))
-    if chunks:
-        given = (q, k, gate, beta, A_log, dt_bias, problem.cu_seqlens, layout.cu_chunks)
-        results = (dq, dk, d_gate, d_beta, d_A, d_bias)
-        strides = (q.stride(1), k.stride(1), gate.stride(1), beta.stride(1))
-        widths = torch.empty(chunks, v_heads, slices, dtype=torch.int32, device=device)
-        for width in (64, 32, 16):  # the first launch finds out which slices are the others'
-            pair_backward_kernel[(chunks * slices, v_heads)](
-                *given, stretches(device), anchors, totals, flags, norms, *of_pairs, d_decay, widths, *results, problem.scale,
-                lower_bound, layout.sequences, tokens, batch * tokens, *strides, heads, v_heads, key_dim, block,
-                width, layout.kind, problem.normalize, packed, layout.dot, layout.precision,
-                num_warps=pair.num_warps, num_stages=pair.num_stages,
-            )  # fmt: skip
-        steep_backward_kernel[(chunks * slices, v_heads)](
-            *given, anchors, flags, norms, *of_pairs[:2], *results, lower_bound, layout.sequences, tokens, batch * tokens,
-            *strides, heads, v_heads, key_dim, block, layout.kind, packed, layout.dot,
-            num_warps=steep.num_warps, num_stages=steep.num_stages,
+    anchor, anchored, token = (
+        config_of(f"kda_{name}", q, shape) for name in ("anchor", "anchored_backward", "token_backward")
+    )
+    block = min(anchored["BK"], key_dim)
+    given = (q, k, gate, beta, problem.A_log, problem.dt_bias)
+    strides = (q.stride(1), k.stride(1), gate.stride(1), beta.stride(1))
+    served = torch.zeros(layout.chunks, v_heads, dtype=torch.int32, device=q.device)
+    if key_dim < NARROWEST:
+        return served
+    at_once = min(layout.chunks, max(1, AT_ONCE // v_heads))
+    late_q, late_k, early = (
+        torch.empty(at_once, v_heads, CHUNK, key_dim, dtype=q.dtype, device=q.device) for _ in range(3)
+    )
+    place = (problem.cu_seqlens, layout.cu_chunks)
+    for first in range(0, layout.chunks, at_once):
+        chunks = min(at_once, layout.chunks - first)
+        anchor_kernel[(4 * chunks, v_heads)](
+            *given, *place, saved.totals, saved.flags, saved.norms, served, late_q, late_k, early, lower_bound,
+            layout.sequences, tokens, first, *strides, heads, v_heads, key_dim, layout.kind, packed, layout.dot,
+            num_warps=anchor.num_warps, num_stages=anchor.num_stages,
         )  # fmt: skip
-    if heads != v_heads:
-        dq, dk = (x.unflatten(2, (heads, -1)).sum(3).to(q.dtype) for x in (dq, dk))
-    return Gradients(
-        dq, dk, dv, d_gate, d_beta.sum(0).to(beta.dtype),
-        None if A_log is None else d_A.sum((0, 2)).view(A_log.shape).to(A_log.dtype),
-        None if dt_bias is None else d_bias.sum(0).view(dt_bias.shape).to(dt_bias.dtype),
-        d_initial,
+        anchored_backward_kernel[(chunks * (key_dim // block), v_heads)](
+            saved.states, d_states, saved.written, d_right, d_output, d_keys, d_pairs, saved.totals, served,
+            stretches(q.device), *place, late_q, late_k, early, results.gate, layout.sequences, tokens, first, v_heads,
+            key_dim, value_dim, block, min(anchored["BV"], value_dim), packed, layout.dot, layout.precision,
+            num_warps=anchored.num_warps, num_stages=anchored.num_stages,
+        )  # fmt: skip
+        token_backward_kernel[(4 * chunks, v_heads)](
+            *given, *place, saved.totals, saved.norms, sums, served, late_q, late_k, early, results.q, results.k,
+            results.gate, results.beta, *results.of_tiles, problem.scale, lower_bound, layout.sequences, tokens, first,
+            *strides, heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
+            num_warps=token.num_warps, num_stages=token.num_stages,
+        )  # fmt: skip
+    return served
+
+
+def _pair_backward(
+    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor], d_right: Tensor,
+    d_states: Tensor, d_output: Tensor, served: Tensor, results: _KeyGradients,
+) -> None:  # fmt: skip
+    """The gradients of the other chunks."""
+    q, k, gate, beta, (batch, tokens, heads, key_dim), (v_heads, value_dim) = (
+        problem.q, problem.k, problem.gate, problem.beta, problem.q.shape, problem.v.shape[2:],
+    )  # fmt: skip
+    chunks, shape, packed = layout.chunks, shape_class(key_dim, q.dtype), problem.cu_seqlens is not None
+    of_state, pair, steep = (
+        config_of(f"kda_{name}", q, shape) for name in ("state_backward", "pair_backward", "steep_backward")
+    )
+    block, slices, lower_bound = min(of_state["BK"], key_dim), key_dim // results.block, problem.lower_bound or 0.0
+    place = (problem.cu_seqlens, layout.cu_chunks)
+    d_decay = torch.empty(chunks, v_heads, key_dim, dtype=torch.float32, device=q.device)
+    state_backward_kernel[(chunks * (key_dim // block), v_heads)](
+        saved.states, d_states, saved.written, d_right, d_output, served, *place, results.q, results.k, results.gate,
+        d_decay, layout.sequences, tokens, v_heads, key_dim, value_dim, block, min(of_state["BV"], value_dim), packed,
+        layout.dot, layout.precision, num_warps=of_state.num_warps, num_stages=of_state.num_stages,
+    )  # fmt: skip
+    given = (q, k, gate, beta, problem.A_log, problem.dt_bias, *place)
+    found = (results.q, results.k, results.gate, results.beta, *results.of_chunks)
+    strides = (q.stride(1), k.stride(1), gate.stride(1), beta.stride(1))
+    pair_backward_kernel[(chunks * slices, v_heads)](
+        *given, stretches(q.device), saved.anchors, saved.totals, saved.norms, *of_pairs, d_decay, served, *found,
+        problem.scale, lower_bound, layout.sequences, tokens, batch * tokens, *strides, heads, v_heads, key_dim,
+        results.block, layout.kind, problem.normalize, packed, layout.dot, layout.precision,
+        num_warps=pair.num_warps, num_stages=pair.num_stages,
+    )  # fmt: skip
+    steep_backward_kernel[(chunks * slices, v_heads)](
+        *given, saved.anchors, saved.flags, saved.norms, *of_pairs[:2], *found, lower_bound, layout.sequences, tokens,
+        batch * tokens, *strides, heads, v_heads, key_dim, results.block, layout.kind, packed, layout.dot,
+        num_warps=steep.num_warps, num_stages=steep.num_stages,
     )  # fmt: skip
 
 

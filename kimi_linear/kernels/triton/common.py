@@ -24,16 +24,14 @@ G = tl.constexpr(16)
 TILE = tl.constexpr(0)  # of ``stretches``: from the start of a tile of 16 through the token
 REST = tl.constexpr(1)  # after the token to its tile's end
 INTO = tl.constexpr(2)  # from the chunk's start through the token
-HALF = tl.constexpr(3)  # from the start of a half of 32 through the token
 
 
 @cache
 def stretches(device: torch.device) -> torch.Tensor:
-    """[4, C, C] bf16 of 0 and 1: row r of each marks the tokens whose log-decays are summed for token r."""
+    """[3, C, C] bf16 of 0 and 1: row r of each marks the tokens whose log-decays are summed for token r."""
     r, c = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
     tile = r // 16 == c // 16
-    half = r // 32 == c // 32
-    return torch.stack([tile & (c <= r), tile & (c > r), c <= r, half & (c <= r)]).to(device=device, dtype=torch.bfloat16)
+    return torch.stack([tile & (c <= r), tile & (c > r), c <= r]).to(device=device, dtype=torch.bfloat16)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The part of the chunks' backward that lives in the key dim: one program per chunk, value head and slice of channels.
+"""The backward in the key dim of chunks that one anchor does not serve (anchor.py): one program per chunk, head and slice.
 
 With late, early and the distances of solve.py, e_n the keys faded to the anchor of the n-th tile after their own:
 
@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 
 from kimi_linear.kernels.triton.common import (
-    HALF,
     INTO,
     REST,
     STEEP,
@@ -40,17 +39,10 @@ from kimi_linear.kernels.triton.common import (
 
 
 @triton.jit
-def chunk_gates(gate, dt_bias, row, valid, dim, stride_g, amount, lower_bound, GATE: tl.constexpr, DOT: tl.constexpr):
-    """The log2-decays [C, BK] of a slice as ``split`` terms, zero past the sequence's end."""
-    g = chunk_log2_decay(load_gate(gate, dt_bias, row, valid, dim, stride_g, GATE), amount, lower_bound, GATE, DOT)
-    return split(tl.where(valid[:, None], g, 0.0), DOT)
-
-
-@triton.jit
 def pairs_apart(
     distance, factor, b_k, late_q, late_k, d_keys, d_pairs, r, c, to_q, to_p, to_k, z, DOT: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """The pairs whose tiles of 16 are ``distance`` apart, added to (to_q, to_p, to_k, z); e_n = b_k * factor."""
+    """The pairs whose tiles are ``distance`` apart, added to (to_q, to_p, to_k, z); e_n = b_k * factor."""
     here = r // 16 - c // 16 == distance
     b_d_pairs, b_d_keys = tl.load(d_pairs + r * 64 + c, here, 0.0), tl.load(d_keys + r * 64 + c, here, 0.0)
     early = (b_k * factor).to(DOT)
@@ -61,15 +53,51 @@ def pairs_apart(
     return to_q, to_p, to_k + factor * to_early, z - early * to_early
 
 
-@triton.jit
-def pairs_of_tiles(
-    high, low, b_q, b_k, b_beta, stretches, anchors, totals, d_keys, d_pairs, r, c, dim,
-    K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["num_sequences", "tokens"])
+def pair_backward_kernel(
+    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, stretches, anchors, totals, norms, d_keys, d_pairs, sums, d_decay,
+    served, dq, dk, d_gate, d_beta, d_A, d_bias,
+    scale, lower_bound, num_sequences, tokens, num_tokens, stride_q, stride_k, stride_g, stride_beta,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of 16, whatever the gate: distance by distance, with the anchors of prepare.py."""
     C: tl.constexpr = 64
-    span = stretch_sum(tl.load(stretches + TILE * C * C + r * C + c), high, low, DOT)
-    rest = power2(stretch_sum(tl.load(stretches + REST * C * C + r * C + c), high, low, DOT), DOT)
+    SLICES: tl.constexpr = K // BK
+    part, chunk, hv = tl.program_id(0) % SLICES, tl.program_id(0) // SLICES, tl.program_id(1)
+    at = chunk.to(tl.int64) * HV + hv
+    if tl.load(served + at) > 0:
+        return
+    h = hv // (HV // H)
+    start, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
+    if start >= stop:
+        return
+    dim = part * BK + tl.arange(0, BK)
+    row = tl.arange(0, C)
+    valid = row < (stop - start).to(tl.int32)
+    r, c = row[:, None], row[None, :]
+    cell, inside = r * C + c, valid[:, None]
+    q, k = q + start * stride_q + h * K, k + start * stride_k + h * K
+    gate, beta = gate + start * stride_g + hv * K, beta + start * stride_beta + hv
+    d_keys, d_pairs = d_keys + at * C * C, d_pairs + at * C * C
+    norms, sums = norms + at * 2 * C, sums + at * 4 * C
+    anchors, totals = anchors + at * 4 * K, totals + at * 4 * K
+    token = (start * HV + hv) * K
+    dq, dk, d_gate = dq + token, dk + token, d_gate + token
+    out = r * (HV * K) + dim[None, :]
+    amount = 0.0
+    if GATE != 0:
+        amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
+        dt_bias += hv * K
+    norm_k, norm_q = tl.load(norms + row), tl.load(norms + C + row)
+    b_beta = tl.load(beta + row * stride_beta, valid, 0.0).to(tl.float32)
+    b_k = tl.load(k + r * stride_k + dim[None, :], inside, 0.0).to(tl.float32)
+    b_q = tl.load(q + r * stride_q + dim[None, :], inside, 0.0).to(tl.float32)
+    b_k, b_q = (b_k * norm_k[:, None]).to(DOT), (b_q * norm_q[:, None]).to(DOT)
+    g = chunk_log2_decay(load_gate(gate, dt_bias, row, valid, dim, stride_g, GATE), amount, lower_bound, GATE, DOT)
+    high, low = split(tl.where(inside, g, 0.0), DOT)
+
+    span = stretch_sum(tl.load(stretches + TILE * C * C + cell), high, low, DOT)
+    rest = power2(stretch_sum(tl.load(stretches + REST * C * C + cell), high, low, DOT), DOT)
     anchor = tl.load(anchors + r // 16 * K + dim[None, :])
     span -= tl.minimum(anchor, 0.0)
     up, factor = power2(span, DOT), power2(tl.where(anchor < STEEP, -span, -1000.0), DOT)
@@ -89,142 +117,17 @@ def pairs_of_tiles(
         )
         factor *= power2(tl.load(totals + place, there, 0.0), DOT)
     z += late_q * to_q + late_k * to_p
+    to_q *= up
+    to_p *= up
+
     before = tl.minimum(tl.load(anchors + r // 16 * K + dim[None, :]), 0.0)
-    after = tl.zeros([C, BK], tl.float32)
+    after, chunk_total = tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
     for tile in tl.static_range(4):
         total = tl.load(totals + tile * K + dim)
+        chunk_total += total
         before += tl.where(r // 16 > tile, total[None, :], 0.0)
         after += tl.where(r // 16 < tile, total[None, :], 0.0)
-    return to_q * up, to_p * up, to_k, z, up * power2(before, DOT), rest * power2(after, DOT)
-
-
-@triton.jit
-def pairs_of_halves(
-    high, low, b_q, b_k, b_beta, stretches, first, second, d_keys, d_pairs, r, c,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Halves of 32 tokens, each anchored in its middle; between them at their border, where no exponent is above 0."""
-    C: tl.constexpr = 64
-    into = stretch_sum(tl.load(stretches + HALF * C * C + r * C + c), high, low, DOT)
-    total = tl.where(r < 32, first[None, :], second[None, :])
-    up, factor = power2(into - 0.5 * total, DOT), power2(0.5 * total - into, DOT)
-    own = r // 32 == c // 32
-    of_pairs, of_keys = tl.load(d_pairs + r * C + c, own, 0.0), tl.load(d_keys + r * C + c, own, 0.0)
-    late_q, late_k, early = (b_q * up).to(DOT), (b_k * (up * b_beta[:, None])).to(DOT), (b_k * factor).to(DOT)
-    to_q = tl.dot(of_pairs, early, input_precision=PRECISION)
-    to_p = tl.dot(of_keys, early, input_precision=PRECISION)
-    to_early = tl.dot(tl.trans(of_pairs), late_q, input_precision=PRECISION)
-    to_early = tl.dot(tl.trans(of_keys), late_k, to_early, input_precision=PRECISION)
-    z = late_q * to_q + late_k * to_p - early * to_early
-    to_q, to_p, to_k = up * to_q, up * to_p, factor * to_early
-    # 2^-60 on each side of the middle, or less: what is rounded to 0 here is below 2^-110.
-    middle = power2(0.5 * total, DOT)
-    up, factor = up * middle, factor * middle
-    of_pairs, of_keys = tl.load(d_pairs + r * C + c, r // 32 > c // 32, 0.0), tl.load(d_keys + r * C + c, r // 32 > c // 32, 0.0)
-    late_q, late_k, early = (b_q * up).to(DOT), (b_k * (up * b_beta[:, None])).to(DOT), (b_k * factor).to(DOT)
-    of_q = tl.dot(of_pairs, early, input_precision=PRECISION)
-    of_p = tl.dot(of_keys, early, input_precision=PRECISION)
-    to_early = tl.dot(tl.trans(of_pairs), late_q, input_precision=PRECISION)
-    to_early = tl.dot(tl.trans(of_keys), late_k, to_early, input_precision=PRECISION)
-    z += late_q * of_q + late_k * of_p - early * to_early
-    to_q += up * of_q
-    to_p += up * of_p
-    to_k += factor * to_early
-    into = up * power2(tl.where(r < 32, 0.0, first[None, :]), DOT)
-    return to_q, to_p, to_k, z, into, factor * power2(tl.where(r < 32, second[None, :], 0.0), DOT)
-
-
-@triton.jit
-def pairs_of_chunk(
-    high, low, b_q, b_k, b_beta, stretches, total, d_keys, d_pairs, r, c, DOT: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """The whole chunk, anchored in its middle: (d_q, p, d_k, z, 2^P, 2^(P_C - P)), of the pairs."""
-    C: tl.constexpr = 64
-    into = stretch_sum(tl.load(stretches + INTO * C * C + r * C + c), high, low, DOT)
-    up, factor = power2(into - 0.5 * total[None, :], DOT), power2(0.5 * total[None, :] - into, DOT)
-    of_pairs, of_keys = tl.load(d_pairs + r * C + c), tl.load(d_keys + r * C + c)
-    late_q, late_k, early = (b_q * up).to(DOT), (b_k * (up * b_beta[:, None])).to(DOT), (b_k * factor).to(DOT)
-    to_q = tl.dot(of_pairs, early, input_precision=PRECISION)
-    to_p = tl.dot(of_keys, early, input_precision=PRECISION)
-    to_early = tl.dot(tl.trans(of_pairs), late_q, input_precision=PRECISION)
-    to_early = tl.dot(tl.trans(of_keys), late_k, to_early, input_precision=PRECISION)
-    z = late_q * to_q + late_k * to_p - early * to_early
-    middle = power2(0.5 * total, DOT)[None, :]
-    return up * to_q, up * to_p, factor * to_early, z, up * middle, factor * middle
-
-
-@triton.jit
-def width_of(totals, flags, dim, K: tl.constexpr, DOT: tl.constexpr):
-    """How wide the parts are that one anchor serves for all channels of a slice: 64, 32, or the tiles' 16."""
-    WIDEST: tl.constexpr = 60.0 if DOT == tl.float32 else 220.0
-    first = tl.load(totals + dim) + tl.load(totals + K + dim)
-    second = tl.load(totals + 2 * K + dim) + tl.load(totals + 3 * K + dim)
-    whole, half = tl.min(first + second, 0) >= -WIDEST, tl.min(tl.minimum(first, second), 0) >= -WIDEST
-    width = tl.where(whole, 64, tl.where(half, 32, 16))
-    return tl.where(tl.max(tl.load(flags + tl.arange(0, 4)), 0) == 0, width, 16)
-
-
-@triton.jit(do_not_specialize=["num_sequences", "tokens"])
-def pair_backward_kernel(
-    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, stretches, anchors, totals, flags, norms, d_keys, d_pairs, sums,
-    d_decay, widths, dq, dk, d_gate, d_beta, d_A, d_bias,
-    scale, lower_bound, num_sequences, tokens, num_tokens, stride_q, stride_k, stride_g, stride_beta,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr,
-    GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    C: tl.constexpr = 64
-    SLICES: tl.constexpr = K // BK
-    part, chunk, hv = tl.program_id(0) % SLICES, tl.program_id(0) // SLICES, tl.program_id(1)
-    at = chunk.to(tl.int64) * HV + hv
-    widths += at * SLICES + part
-    if WIDTH != 64:
-        if tl.load(widths) != WIDTH:
-            return
-    start, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
-    if start >= stop:
-        return
-    h = hv // (HV // H)
-    dim, row = part * BK + tl.arange(0, BK), tl.arange(0, C)
-    anchors, totals = anchors + at * 4 * K, totals + at * 4 * K
-    if WIDTH == 64:
-        width = width_of(totals, flags + at * 4, dim, K, DOT)
-        tl.store(widths, width)
-        if width != 64:
-            return
-    valid = row < (stop - start).to(tl.int32)
-    r, c = row[:, None], row[None, :]
-    inside = valid[:, None]
-    q, k = q + start * stride_q + h * K, k + start * stride_k + h * K
-    gate, beta = gate + start * stride_g + hv * K, beta + start * stride_beta + hv
-    d_keys, d_pairs = d_keys + at * C * C, d_pairs + at * C * C
-    norms, sums = norms + at * 2 * C, sums + at * 4 * C
-    token = (start * HV + hv) * K
-    dq, dk, d_gate = dq + token, dk + token, d_gate + token
-    amount = 0.0
-    if GATE != 0:
-        amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
-        dt_bias += hv * K
-    out = r * (HV * K) + dim[None, :]
-    norm_k, norm_q = tl.load(norms + row), tl.load(norms + C + row)
-    b_beta = tl.load(beta + row * stride_beta, valid, 0.0).to(tl.float32)
-    b_k = tl.load(k + r * stride_k + dim[None, :], inside, 0.0).to(tl.float32)
-    b_q = tl.load(q + r * stride_q + dim[None, :], inside, 0.0).to(tl.float32)
-    b_k, b_q = (b_k * norm_k[:, None]).to(DOT), (b_q * norm_q[:, None]).to(DOT)
-    high, low = chunk_gates(gate, dt_bias, row, valid, dim, stride_g, amount, lower_bound, GATE, DOT)
-    first = tl.load(totals + dim) + tl.load(totals + K + dim)
-    second = tl.load(totals + 2 * K + dim) + tl.load(totals + 3 * K + dim)
-    if WIDTH == 64:
-        to_q, to_p, to_k, z, into, onward = pairs_of_chunk(
-            high, low, b_q, b_k, b_beta, stretches, first + second, d_keys, d_pairs, r, c, DOT, PRECISION
-        )
-    elif WIDTH == 32:
-        to_q, to_p, to_k, z, into, onward = pairs_of_halves(
-            high, low, b_q, b_k, b_beta, stretches, first, second, d_keys, d_pairs, r, c, DOT, PRECISION
-        )
-    else:
-        to_q, to_p, to_k, z, into, onward = pairs_of_tiles(
-            high, low, b_q, b_k, b_beta, stretches, anchors, totals, d_keys, d_pairs, r, c, dim, K, BK, DOT, PRECISION
-        )
+    into, onward = up * power2(before, DOT), rest * power2(after, DOT)
     of_q = into * tl.load(dq + out, inside, 0.0).to(tl.float32)
     of_p = into * tl.load(d_gate + out, inside, 0.0).to(tl.float32)
     of_k = onward * tl.load(dk + out, inside, 0.0).to(tl.float32)
@@ -232,9 +135,9 @@ def pair_backward_kernel(
     to_q += of_q
     to_p -= of_p
     to_k += of_k
-    whole = tl.sum(b_k * of_k, 0) + tl.load(d_decay + at * K + dim) * power2(first + second, DOT)
+    whole = tl.sum(b_k * of_k, 0) + tl.load(d_decay + at * K + dim) * power2(chunk_total, DOT)
     # In three terms, as exact as fp32: where a step forgets 2^-140 d_g is tiny, and d_A_log multiplies its error by those 140.
-    selection = tl.trans(tl.load(stretches + INTO * C * C + r * C + c))
+    selection = tl.trans(tl.load(stretches + INTO * C * C + cell))
     high, low = split(z, DOT)
     dg = stretch_sum(selection, high, low, DOT) + whole[None, :]
     if DOT == tl.bfloat16:

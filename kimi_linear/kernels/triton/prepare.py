@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.common import DEEPEST, MAX_RANGE, G, STEEP, chunk_log2_decay, chunk_of, power2
+from kimi_linear.kernels.triton.common import DEEPEST, MAX_RANGE, STEEP, G, chunk_log2_decay, chunk_of, power2
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])

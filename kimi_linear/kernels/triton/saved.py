@@ -51,7 +51,14 @@ def count_chunks(batch: int, tokens: int, sequences: int, packed: bool) -> int:
 
 
 def shapes_of(
-    batch: int, tokens: int, sequences: int, v_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, packed: bool
+    batch: int,
+    tokens: int,
+    sequences: int,
+    v_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    packed: bool,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each field of ``Saved``."""
     chunks, wide = count_chunks(batch, tokens, sequences, packed), torch.float32

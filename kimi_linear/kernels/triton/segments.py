@@ -25,6 +25,7 @@ from torch import Tensor
 from kimi_linear.kernels.triton.configs import Config, config_of
 from kimi_linear.kernels.triton.cuts import Plan
 
+
 @cache
 def shape_class(key_dim: int, dtype: torch.dtype) -> str:
     """Under which the table keeps the scans' configurations."""

@@ -1,8 +1,8 @@
-"""What the chunks' backward needs of the states: three plain products, one program per chunk, value head and slice of channels.
+"""What pair_backward.py needs of the states: three plain products, one program per chunk, value head and slice of channels.
 
     d_q = d_o S    d_p = d_right S    d_k = u' d_S_end    d_decay = sum_v S d_S_end
 
-S the state at the chunk's start. What the gate makes of them is pair_backward.py's, which finds them where it will put its
+S the state at the chunk's start. Chunks that one anchor serves are anchored_backward.py's. What the gate makes of them is pair_backward.py's, which finds them where it will put its
 own results: in dq, dk and d_gate [B, T, HV, K]. d_decay [chunks, HV, K] fp32. Grid (chunks * K / BK, HV), slices of a chunk together.
 """
 
@@ -16,17 +16,19 @@ from kimi_linear.kernels.triton.common import chunk_of
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def state_backward_kernel(
-    states, d_states, written, d_right, d_output, cu_seqlens, cu_chunks, dq, dk, d_gate, d_decay, num_sequences, tokens,
+    states, d_states, written, d_right, d_output, served, cu_seqlens, cu_chunks, dq, dk, d_gate, d_decay, num_sequences, tokens,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = 64
     SLICES: tl.constexpr = K // BK
     part, chunk, hv = tl.program_id(0) % SLICES, tl.program_id(0) // SLICES, tl.program_id(1)
+    at = chunk.to(tl.int64) * HV + hv
+    if tl.load(served + at) > 0:
+        return
     start, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
     if start >= stop:
         return
-    at = chunk.to(tl.int64) * HV + hv
     dim, row = part * BK + tl.arange(0, BK), tl.arange(0, C)
     r, inside = row[:, None], (row < (stop - start).to(tl.int32))[:, None]
     states, d_states = states + at * V * K, d_states + at * V * K
