@@ -4,9 +4,9 @@
 
 Makes a random checkpoint in the release layout: several shards, every expert on its own. Then, in turns, each in a fresh
 process and with the files dropped from the page cache (fsync, then POSIX_FADV_DONTNEED; the kernel's count of bytes
-fetched from storage, /proc/self/io, shows that it worked): reads the files and throws the bytes away, through the page cache
-and past it (O_DIRECT), with one reader and with as many as loading uses; loads the model; loads it through safetensors'
-memory map. The disk's speed is the fastest of the four plain reads. Linux only.
+fetched from storage, /proc/self/io, shows that it worked): reads the files and throws the bytes away, through the page cache,
+through it but letting go of each block once read, and past it (O_DIRECT), with one reader and with as many as loading
+uses; loads the model; loads it through safetensors' memory map. The disk's speed is the fastest of the plain reads. Linux only.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from kimi_linear.model.streaming import BLOCK_BYTES, WORKERS
 GB, GIB = 10**9, 1 << 30
 ROOT = Path(__file__).parents[2]
 Task = Literal[
-    "read once", "read in parallel", "read direct once", "read direct", "load", "load warm", "memory map"
+    "read once", "read in parallel", "read and drop once", "read and drop", "read direct", "load", "load warm", "memory map"
 ]  # fmt: skip
 TASKS: tuple[Task, ...] = get_args(Task)
-READS: tuple[Task, ...] = ("read once", "read in parallel", "read direct once", "read direct")
+READS: tuple[Task, ...] = ("read once", "read in parallel", "read and drop once", "read and drop", "read direct")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +104,11 @@ def drop_cache(paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def read_files(paths: list[Path], readers: int, flags: int = 0) -> None:
-    """Read every byte into buffers that are used again and again; the files stay open meanwhile."""
+def read_files(paths: list[Path], readers: int, flags: int = 0, *, drop: bool = False) -> None:
+    """Read every byte into buffers that are used again and again; the files stay open meanwhile.
+
+    ``drop``: have the page cache let go of each block, so that its memory is used again too.
+    """
     buffers = [mmap.mmap(-1, BLOCK_BYTES) for _ in range(readers)]  # begin with a page, as O_DIRECT asks
     opened = {path: os.open(path, os.O_RDONLY | flags) for path in paths}
 
@@ -114,6 +117,8 @@ def read_files(paths: list[Path], readers: int, flags: int = 0) -> None:
         got = os.preadv(opened[path], [buffer], start)
         if got != min(BLOCK_BYTES, path.stat().st_size - start):
             raise RuntimeError(f"{path}: a read of {got} bytes at {start} came back short")
+        if drop:
+            os.posix_fadvise(opened[path], start, BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
         buffers.append(buffer)
 
     blocks = [(path, start) for path in paths for start in range(0, path.stat().st_size, BLOCK_BYTES)]
@@ -157,13 +162,14 @@ def measure(task: Task, folder: Path, device: str) -> dict[str, Any]:
     """Do one task once, in this process, and say what it took."""
     paths = shards(folder)
     if task == "load warm":
-        read_files(paths, 1)  # into the page cache, where loading past it leaves nothing
+        read_files(paths, 1)  # into the page cache, where loading leaves nothing new
     else:
         drop_cache(paths)
     calls: dict[Task, Callable[[], Any]] = {
         "read once": lambda: read_files(paths, 1),
         "read in parallel": lambda: read_files(paths, WORKERS),
-        "read direct once": lambda: read_files(paths, 1, os.O_DIRECT),
+        "read and drop once": lambda: read_files(paths, 1, drop=True),
+        "read and drop": lambda: read_files(paths, WORKERS, drop=True),
         "read direct": lambda: read_files(paths, WORKERS, os.O_DIRECT),
         "load": lambda: load(folder, device=device)[0],
         "load warm": lambda: load(folder, device=device)[0],
@@ -225,7 +231,8 @@ def report(runs: dict[Task, list[dict[str, Any]]], paths: list[Path], args: Args
     names: dict[Task, str] = {
         "read once": "plain read, 1 reader",
         "read in parallel": f"plain read, {WORKERS} readers",
-        "read direct once": "plain read past the page cache, 1 reader",
+        "read and drop once": "plain read, 1 reader, each block dropped from the page cache",
+        "read and drop": f"plain read, {WORKERS} readers, each block dropped from the page cache",
         "read direct": f"plain read past the page cache, {WORKERS} readers",
         "load": "kimi_linear.load",
         "load warm": "kimi_linear.load, files in the page cache",

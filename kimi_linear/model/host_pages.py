@@ -33,6 +33,14 @@ def fault_in(tensor: Tensor) -> None:
         _libc().madvise(start, end - start, _MADV_POPULATE_WRITE)
 
 
+def advise(file: FileIO, start: int, end: int, advice: str) -> None:
+    """``posix_fadvise`` by its name, to the end of the page that ``end`` lies in; does nothing where there is no such thing."""
+    end = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # a hint refused costs time only
+            os.posix_fadvise(file.fileno(), start, end - start, getattr(os, advice))
+
+
 class CachedPages:
     """Which pages of an open file Linux holds in its page cache.
 

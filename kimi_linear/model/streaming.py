@@ -1,9 +1,9 @@
-"""Tensors from files straight into their places: read in blocks, several at once, past the page cache.
+"""Tensors from files straight into their places: read in blocks, several at once, through a page cache that stays small.
 
-Every block of a file goes through a buffer that is used again and again, by reads that bypass the page cache (O_DIRECT).
-A plain read would first fill the cache, which is fresh memory as the model's is, and can cost more than the disk; a memory
-map would do so a page at a time, and its pages count as memory of the process. The cache is used for blocks that lie in it,
-and where the system or the file system knows no other way: other systems than Linux, and file systems that refuse.
+The kernel is asked for blocks ahead of those that are read, and told to let go of each that has arrived. Left alone it would
+keep them all: as much fresh memory again as the model's, which can cost more than the disk. Blocks that lay in the cache before
+stay there. Numbers of the wanted dtype go into a CPU tensor without a copy between; others through a buffer that is used again
+and again.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kimi_linear.model.host_pages import CachedPages, fault_in
+from kimi_linear.model.host_pages import CachedPages, advise, fault_in
 from kimi_linear.model.safetensors_file import CheckpointError, StoredTensor
 
 BLOCK_BYTES = 8 << 20
-"""One read. Large enough for a disk's full speed, small enough to be placed while it is in the processor's cache."""
+"""One step of reading ahead. Large enough for a disk's full speed."""
+AHEAD = 16
+"""Blocks that are asked for and not yet placed."""
 WORKERS = 4
-"""Threads that each read a block and then place it: some wait for the disk while others copy."""
+"""Threads that each place a block: some wait for the disk while others copy."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -64,25 +64,32 @@ def stream_into(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
     for path, _ in blocks:
         files[path].blocks_left += 1
     pinned = any(target.is_cuda for _, target in ordered)
-    own = threading.local()
+    own, room, failed = threading.local(), threading.Semaphore(AHEAD), threading.Event()
 
-    def work(block: list[_Piece]) -> None:
-        if not hasattr(own, "buffer"):
-            own.buffer = _aligned_buffer(pinned=pinned)
-        with files[block[0].stored.path] as file:
-            raw = file.read(own.buffer, block)
-        for piece in block:
-            _place(piece, raw[piece.start - block[0].start :])
+    def work(file: _File, block: list[_Piece], fresh: bool) -> None:
+        try:
+            if not hasattr(own, "buffer"):
+                own.buffer = torch.empty(BLOCK_BYTES + 8, dtype=torch.uint8, pin_memory=pinned)
+            for piece in block:
+                _place(piece, file, own.buffer)
+            file.done(block, fresh)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            room.release()
 
     with ExitStack() as stack, ThreadPoolExecutor(WORKERS, thread_name_prefix="weights") as pool:
         for file in files.values():
             stack.callback(file.close)
-        try:
-            for _ in pool.map(work, blocks.values()):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        tasks: list[Future[None]] = []
+        for (path, _), block in blocks.items():
+            room.acquire()
+            if failed.is_set():
+                break
+            tasks.append(pool.submit(work, files[path], block, files[path].ask(block)))
+        for task in tasks:
+            task.result()
 
 
 def _pieces(stored: StoredTensor, target: Tensor) -> Iterator[_Piece]:
@@ -106,20 +113,37 @@ class _File:
         self._lock = threading.Lock()
         self._opened: ExitStack | None = None
 
-    def __enter__(self) -> _File:
-        with self._lock:
-            if self._opened is None:
-                with ExitStack() as stack:
-                    # Open to the end: the kernel reads ahead by what it has seen of a descriptor.
-                    self._plain = stack.enter_context(self.path.open("rb", buffering=0))
-                    self._cached = stack.enter_context(closing(CachedPages(self._plain)))
-                    self._direct = _open_direct(self.path)
-                    if self._direct is not None:
-                        stack.enter_context(self._direct)
-                    self._opened = stack.pop_all()
-        return self
+    def ask(self, block: list[_Piece]) -> bool:
+        """Have the block's pages read; whether any is new in the cache."""
+        if self._opened is None:
+            with ExitStack() as stack:
+                # Open to the end: the kernel reads ahead by what it has seen of a descriptor.
+                self._plain = stack.enter_context(self.path.open("rb", buffering=0))
+                self._cached = stack.enter_context(closing(CachedPages(self._plain)))
+                self._opened = stack.pop_all()
+        start, end = block[0].start, block[-1].end
+        if self._cached.hold(start, end):
+            return False
+        advise(self._plain, start, end, "POSIX_FADV_WILLNEED")
+        return True
 
-    def __exit__(self, *_: object) -> None:
+    def read(self, piece: _Piece, room: memoryview) -> None:
+        """The bytes of a piece."""
+        at = piece.start
+        while at < piece.end:
+            got = os.preadv(self._plain.fileno(), [room[at - piece.start :]], at)
+            if got == 0:
+                raise CheckpointError(
+                    f"{piece.stored.name}: expected {piece.end - at:,} more bytes in {self.path}, got its end; the file "
+                    "changed while it was read"
+                )
+            at += got
+
+    def done(self, block: list[_Piece], fresh: bool) -> None:
+        """Let go of a block's pages where they are new, and of the file after its last block."""
+        if fresh:
+            start, end = block[0].start, block[-1].end
+            advise(self._plain, start // mmap.PAGESIZE * mmap.PAGESIZE, end, "POSIX_FADV_DONTNEED")
         with self._lock:
             self.blocks_left -= 1
             if self.blocks_left == 0:
@@ -131,73 +155,17 @@ class _File:
             self._opened.close()
             self._opened = None
 
-    def read(self, buffer: Tensor, block: list[_Piece]) -> Tensor:
-        """A part of the buffer with the bytes of these pieces, which follow one another in the file."""
-        direct = self._direct
-        if direct is not None and not self._cached.hold(block[0].start, block[-1].end):
-            try:
-                return _read(direct.fileno(), buffer, block, unit=mmap.PAGESIZE)
-            except OSError:
-                # Some file systems refuse only here. What else may be wrong, the plain read says.
-                self._direct = None
-        return _read(self._plain.fileno(), buffer, block, unit=1)
 
-
-def _open_direct(path: Path) -> FileIO | None:
-    """A file whose reads bypass the page cache, where the system and the file system have such a thing."""
-    flag = getattr(os, "O_DIRECT", None)
-    if flag is None:
-        return None
-    try:
-        return FileIO(os.open(path, os.O_RDONLY | flag))
-    except OSError:
-        return None
-
-
-def _read(descriptor: int, buffer: Tensor, block: list[_Piece], *, unit: int) -> Tensor:
-    """Read whole units of the file, into an address that is a multiple of them."""
-    start, end = block[0].start, block[-1].end
-    first, last = start // unit * unit, -(-end // unit) * unit
-    assert buffer.data_ptr() % unit == 0
-    assert last - first <= len(buffer)
-    room = buffer[: last - first].numpy().data
-    at = first
-    while at < end:
-        got = os.preadv(descriptor, [room[at - first :]], at)
-        if got < unit and at + got < end:
-            _ended(block, at + got)
-        # Less than a unit at the end of what came is read again: the next read must begin with a whole one.
-        at = at + got if at + got >= end else at + got // unit * unit
-    return buffer[start - first : end - first]
-
-
-def _ended(block: list[_Piece], end: int) -> NoReturn:
-    piece = next(piece for piece in block if piece.end > end)
-    raise CheckpointError(
-        f"{piece.stored.name}: expected {piece.end - max(piece.start, end):,} more bytes in {piece.stored.path}, "
-        "got its end; the file changed while it was read"
-    )
-
-
-def _aligned_buffer(*, pinned: bool) -> Tensor:
-    """Room for a block and the whole pages around it, beginning with a page as direct reads ask."""
-    page = mmap.PAGESIZE
-    raw = torch.empty(BLOCK_BYTES + 4 * page, dtype=torch.uint8, pin_memory=pinned)
-    return raw[-raw.data_ptr() % page :]
-
-
-def _place(piece: _Piece, raw: Tensor) -> None:
-    """Bring the numbers of a piece from the bytes that were read to the tensor, and look at each."""
+def _place(piece: _Piece, file: _File, buffer: Tensor) -> None:
+    """Bring the numbers of a piece to the tensor, and look at each."""
     target, dtype = piece.target, piece.stored.dtype
-    source = raw[: piece.end - piece.start]
     if target.device.type == "cpu":
         fault_in(target)
     if target.device.type == "cpu" and target.dtype == dtype:
-        # By numpy, as torch would start a team of threads in every worker.
-        np.copyto(target.view(torch.uint8).numpy(), source.numpy())
+        file.read(piece, target.view(torch.uint8).numpy().data)
     else:
-        # A file may begin its numbers at any byte, a tensor may not.
-        source = source if source.data_ptr() % dtype.itemsize == 0 else source.clone()
+        source = buffer[: piece.end - piece.start]
+        file.read(piece, source.numpy().data)
         target.copy_(source.view(dtype))
     if not _finite(target):
         raise CheckpointError(
