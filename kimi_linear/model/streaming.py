@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,27 +112,26 @@ class _File:
         self.path = path
         self.blocks_left = 0
         self._lock = threading.Lock()
-        self._opened: ExitStack | None = None
+        self._opened: FileIO | None = None
 
     def ask(self, block: list[_Piece]) -> bool:
         """Have the block's pages read; whether any is new in the cache."""
         if self._opened is None:
-            with ExitStack() as stack:
-                # Open to the end: the kernel reads ahead by what it has seen of a descriptor.
-                self._plain = stack.enter_context(self.path.open("rb", buffering=0))
-                self._cached = stack.enter_context(closing(CachedPages(self._plain)))
-                self._opened = stack.pop_all()
+            # Open to the end: the kernel reads ahead by what it has seen of a descriptor.
+            self._opened = self.path.open("rb", buffering=0)
         start, end = block[0].start, block[-1].end
-        if self._cached.hold(start, end):
-            return False
-        advise(self._plain, start, end, "POSIX_FADV_WILLNEED")
+        with closing(CachedPages(self._opened)) as cached:  # not for longer: a map holds a descriptor of its own
+            if cached.hold(start, end):
+                return False
+        advise(self._opened, start, end, "POSIX_FADV_WILLNEED")
         return True
 
     def read(self, piece: _Piece, room: memoryview) -> None:
         """The bytes of a piece."""
+        assert self._opened is not None
         at = piece.start
         while at < piece.end:
-            got = os.preadv(self._plain.fileno(), [room[at - piece.start :]], at)
+            got = os.preadv(self._opened.fileno(), [room[at - piece.start :]], at)
             if got == 0:
                 raise CheckpointError(
                     f"{piece.stored.name}: expected {piece.end - at:,} more bytes in {self.path}, got its end; the file "
@@ -141,9 +141,10 @@ class _File:
 
     def done(self, block: list[_Piece], fresh: bool) -> None:
         """Let go of a block's pages where they are new, and of the file after its last block."""
+        assert self._opened is not None
         if fresh:
             start, end = block[0].start, block[-1].end
-            advise(self._plain, start // mmap.PAGESIZE * mmap.PAGESIZE, end, "POSIX_FADV_DONTNEED")
+            advise(self._opened, start // mmap.PAGESIZE * mmap.PAGESIZE, end, "POSIX_FADV_DONTNEED")
         with self._lock:
             self.blocks_left -= 1
             if self.blocks_left == 0:
