@@ -8,6 +8,7 @@
 #   OUT      where logs and pages go        benchmarks/results
 #   PYTHON   the interpreter                python3; a package that is missing there can be put on PYTHONPATH
 #   SECONDS_EACH  time for one part         540
+#   TUNED    what the baselines' autotuning found on such a GPU before: tuned.tgz of an earlier OUT    none
 #
 # A part that fails or runs out of time does not stop the others, and leaves what it had written; the status is then 1.
 set -uo pipefail
@@ -15,6 +16,10 @@ cd "$(dirname "$0")/.."
 : "${OUT:=benchmarks/results}" "${PYTHON:=python3}" "${SECONDS_EACH:=540}"
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
+# fla times its candidates for a minute or two at each new shape; what it chose lies in Triton's cache.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HOME/.triton/cache} TRITON_CACHE_AUTOTUNING=1
+mkdir -p "$TRITON_CACHE_DIR"
+[ -z "${TUNED:-}" ] || tar xzf "$TUNED" -C "$TRITON_CACHE_DIR" || exit 2
 log="$OUT/gpu.log"
 : >"$log"
 stamp=$(mktemp)
@@ -27,8 +32,10 @@ scripts() { # those that measure on a GPU: files with a main part and no cpu in 
   done
 }
 
-collect() { # pages that scripts wrote to their own folder
-  [ "$OUT" -ef benchmarks/results ] || find benchmarks/results -type f -newer "$stamp" -exec cp {} "$OUT/" \;
+collect() { # pages that scripts wrote to their own folder, and what autotuning found
+  [ "$OUT" -ef benchmarks/results ] && return
+  find benchmarks/results -type f -newer "$stamp" -exec cp {} "$OUT/" \;
+  (cd "$TRITON_CACHE_DIR" && find . -name '*.autotune.json' -print0 | tar czf - --null -T -) >"$OUT/tuned.tgz"
 }
 
 failed=()

@@ -17,6 +17,9 @@ echo "called: $*"
 case "$*" in
   -) exit $GPU ;;
   *pytest*) exit 1 ;;
+  *kda*) mkdir -p "$TRITON_CACHE_DIR/abc"; echo "tuned before: $(cat "$TRITON_CACHE_DIR"/*/*.json)"; echo best >"$TRITON_CACHE_DIR/abc/x.autotune.json" ;;
+esac
+case "$*" in
   *kda_decode*) echo page >benchmarks/results/kda_decode.md; sleep 30 ;;
 esac
 exit 0
@@ -40,12 +43,16 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(clone: Path, *parts: str, gpu: int = 0, seconds: int = 20) -> subprocess.CompletedProcess:
+def run(
+    clone: Path, *parts: str, gpu: int = 0, seconds: int = 20, tuned: Path | None = None
+) -> subprocess.CompletedProcess:
     settings = {
         "PYTHON": str(clone / "python"),
         "OUT": str(clone / "out"),
         "GPU": str(gpu),
         "SECONDS_EACH": str(seconds),
+        "TRITON_CACHE_DIR": str(clone / "cache"),
+        "TUNED": str(tuned or ""),
     }
     command = ["bash", str(clone / "benchmarks/gpu.sh"), *parts]
     return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=60)
@@ -85,3 +92,13 @@ def test_parts_are_chosen_and_given_flags(clone: Path) -> None:
 def test_a_machine_without_a_gpu_is_told_so(clone: Path) -> None:
     done = run(clone, gpu=1)
     assert (done.returncode, called(done)) == (2, [])
+
+
+def test_what_was_tuned_is_kept_for_another_machine(clone: Path) -> None:
+    done = run(clone, "kda")
+    assert "tuned before: best" not in done.stdout
+    shutil.rmtree(clone / "cache")
+    done = run(clone, "kda", tuned=clone / "out/tuned.tgz")
+    assert done.returncode == 0
+    assert "tuned before: best" in done.stdout
+    assert run(clone, "kda", tuned=clone / "none.tgz").returncode == 2
