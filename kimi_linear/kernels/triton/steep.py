@@ -1,4 +1,4 @@
-"""Pairs inside the tiles and channels that prepare.py calls steep, and their backward: pair by pair, without products.
+"""Pairs inside the tiles and channels that prepare.py calls steep, and their backward, without products.
 
     keys[r, i] = sum_k k_r k_i 2^(p_r - p_i), i < r    queries the same with scale q_r, and i <= r
 
