@@ -15,8 +15,8 @@ from kimi_linear.cli.folders import model_folder
 from kimi_linear.engine.config import SamplingConfig
 
 BEGINNING, STORY, GREETING = "def ", "Once upon a time", "Hello"
-"""Of a model of one's own, of the one that comes along, and what a model with a chat template is told."""
-"""What is continued, or said, where no prompt is given."""
+"""What is continued where no prompt is given, by a model of one's own and by the one that comes along; and what is said to a
+model with a chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)

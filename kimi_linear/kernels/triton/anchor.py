@@ -30,14 +30,14 @@ def one_serves(totals, flags, K: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def prefix_of(totals, tile, dim, K: tl.constexpr):
-    """(P at the tile's start, P at the chunk's end), of the totals [4, K] of a chunk."""
+def since_anchor(g, totals, tile, dim, K: tl.constexpr):
+    """P - a [16, K] of the log-decays g of a tile, given the totals [4, K] of its chunk."""
     before, whole = tl.zeros(dim.shape, tl.float32), tl.zeros(dim.shape, tl.float32)
     for other in tl.static_range(4):
         total = tl.load(totals + other * K + dim)
         before += tl.where(other < tile, total, 0.0)
         whole += total
-    return before, whole
+    return tl.cumsum(g, 0) + (before - 0.5 * whole)[None, :]
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "first_chunk"])
@@ -75,9 +75,7 @@ def anchor_kernel(
     if GATE != 0:
         amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
         x += tl.load(dt_bias + hv * K + dim).to(tl.float32)[None, :]
-    before, whole = prefix_of(totals, tile, dim, K)
-    p = tl.cumsum(tl.where(inside, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0), 0)
-    p += (before - 0.5 * whole)[None, :]
+    p = since_anchor(tl.where(inside, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0), totals, tile, dim, K)
     up = power2(p, DOT)
     rows = (place.to(tl.int64) * HV + hv) * C * K + (tile * 16 + r) * K + d
     tl.store(late_q + rows, (b_q * norm_q[:, None] * up).to(DOT))

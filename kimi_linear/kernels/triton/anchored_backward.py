@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from kimi_linear.kernels.triton.common import INTO, chunk_of, power2, split, stretch_sum
+from kimi_linear.kernels.triton.state_backward import products_with_states
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "first_chunk"])
@@ -43,17 +44,9 @@ def anchored_backward_kernel(
     states, d_states = states + at * V * K, d_states + at * V * K
     written, d_right, d_output = written + at * C * V, d_right + at * C * V, d_output + (start * HV + hv) * V
     d_keys, d_pairs, totals = d_keys + at * C * C, d_pairs + at * C * C, totals + at * 4 * K
-    to_q, to_k, to_early = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    whole = tl.zeros([BK], tl.float32)
-    for slice_v in range(V // BV):
-        dim_v = slice_v * BV + tl.arange(0, BV)
-        in_v, in_state = r * V + dim_v[None, :], dim_v[:, None] * K + dim[None, :]
-        b_state, b_d_state = tl.load(states + in_state), tl.load(d_states + in_state)
-        b_do = tl.load(d_output + r * HV * V + dim_v[None, :], inside, 0.0).to(DOT)
-        to_q = tl.dot(b_do, b_state, to_q, input_precision=PRECISION)
-        to_k = tl.dot(tl.load(d_right + in_v), b_state, to_k, input_precision=PRECISION)
-        to_early = tl.dot(tl.load(written + in_v), b_d_state, to_early, input_precision=PRECISION)
-        whole += tl.sum(b_state.to(tl.float32) * b_d_state.to(tl.float32), 0)
+    to_q, to_k, to_early, whole = products_with_states(
+        states, d_states, written, d_right, d_output, r, inside, dim, HV, K, V, BK, BV, DOT, PRECISION
+    )
     total = tl.zeros([BK], tl.float32)
     for tile in tl.static_range(4):
         total += tl.load(totals + tile * K + dim)

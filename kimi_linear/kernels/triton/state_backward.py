@@ -14,6 +14,32 @@ import triton.language as tl
 from kimi_linear.kernels.triton.common import chunk_of
 
 
+@triton.jit
+def products_with_states(
+    states, d_states, written, d_right, d_output, r, inside, dim,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(d_o S, d_right S, u' d_S_end) [C, BK] and sum_v S d_S_end [BK] of a chunk, for channels ``dim``."""
+    C: tl.constexpr = 64
+    reads, erasures, writes = (
+        tl.zeros([C, BK], tl.float32),
+        tl.zeros([C, BK], tl.float32),
+        tl.zeros([C, BK], tl.float32),
+    )
+    decay = tl.zeros([BK], tl.float32)
+    for slice_v in range(V // BV):
+        dim_v = slice_v * BV + tl.arange(0, BV)
+        in_v, in_state = r * V + dim_v[None, :], dim_v[:, None] * K + dim[None, :]
+        b_state, b_d_state = tl.load(states + in_state), tl.load(d_states + in_state)
+        b_do = tl.load(d_output + r * HV * V + dim_v[None, :], inside, 0.0).to(DOT)
+        reads = tl.dot(b_do, b_state, reads, input_precision=PRECISION)
+        erasures = tl.dot(tl.load(d_right + in_v), b_state, erasures, input_precision=PRECISION)
+        writes = tl.dot(tl.load(written + in_v), b_d_state, writes, input_precision=PRECISION)
+        decay += tl.sum(b_state.to(tl.float32) * b_d_state.to(tl.float32), 0)
+    return reads, erasures, writes, decay
+
+
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def state_backward_kernel(
     states, d_states, written, d_right, d_output, served, cu_seqlens, cu_chunks, dq, dk, d_gate, d_decay, num_sequences, tokens,
@@ -33,17 +59,9 @@ def state_backward_kernel(
     r, inside = row[:, None], (row < (stop - start).to(tl.int32))[:, None]
     states, d_states = states + at * V * K, d_states + at * V * K
     written, d_right, d_output = written + at * C * V, d_right + at * C * V, d_output + (start * HV + hv) * V
-    b_dq, b_dp, b_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    b_decay = tl.zeros([BK], tl.float32)
-    for slice_v in range(V // BV):
-        dim_v = slice_v * BV + tl.arange(0, BV)
-        in_v, in_state = r * V + dim_v[None, :], dim_v[:, None] * K + dim[None, :]
-        b_state, b_d_state = tl.load(states + in_state), tl.load(d_states + in_state)
-        b_do = tl.load(d_output + r * HV * V + dim_v[None, :], inside, 0.0).to(DOT)
-        b_dq = tl.dot(b_do, b_state, b_dq, input_precision=PRECISION)
-        b_dp = tl.dot(tl.load(d_right + in_v), b_state, b_dp, input_precision=PRECISION)
-        b_dk = tl.dot(tl.load(written + in_v), b_d_state, b_dk, input_precision=PRECISION)
-        b_decay += tl.sum(b_state.to(tl.float32) * b_d_state.to(tl.float32), 0)
+    b_dq, b_dp, b_dk, b_decay = products_with_states(
+        states, d_states, written, d_right, d_output, r, inside, dim, HV, K, V, BK, BV, DOT, PRECISION
+    )
     token = (start * HV + hv) * K
     out = r * (HV * K) + dim[None, :]
     tl.store(dq + token + out, b_dq.to(dq.dtype.element_ty), inside)

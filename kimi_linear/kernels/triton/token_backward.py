@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.anchor import prefix_of
+from kimi_linear.kernels.triton.anchor import since_anchor
 from kimi_linear.kernels.triton.common import chunk_log2_decay, chunk_of, gate_gradient, power2
 
 
@@ -53,8 +53,7 @@ def token_backward_kernel(
         tile_at = (chunk.to(tl.int64) * 4 + tile) * HV + hv
         tl.store(d_bias + tile_at * K + dim, tl.sum(tl.where(inside, dx, 0.0), 0))
         tl.store(d_A + tile_at * 16 + row, tl.sum(tl.where(inside, of_A, 0.0), 1))
-    before, whole = prefix_of(totals + at * 4 * K, tile, dim, K)
-    p = tl.cumsum(g, 0) + (before - 0.5 * whole)[None, :]
+    p = since_anchor(g, totals + at * 4 * K, tile, dim, K)
     up, down = power2(p, DOT), power2(-p, DOT)
     norm, token = norms + at * 2 * C + tile * 16 + row, sums + at * 4 * C + tile * 16 + row
     norm_k, norm_q, diagonal = tl.load(norm)[:, None], tl.load(norm + C)[:, None], tl.load(token + 2 * C)[:, None]
