@@ -306,7 +306,7 @@ def main() -> None:
             for task in runs:
                 runs[task].append(in_a_process(task, folder, args.device))
                 print(f"round {round_ + 1}: {task} {runs[task][-1]['seconds']:.2f} s", file=sys.stderr)
-        report(runs, paths, args, config)
+            report(runs, paths, args, config)  # after every round: one that is cut off leaves those before
     finally:
         shutil.rmtree(folder)
 

@@ -238,17 +238,18 @@ def test_a_prefix_inside_a_tile_feels_later_gates_only_in_its_rounding(cut: int)
             assert relative_error(a, b) < GRADIENT_LIMIT
 
 
-def test_gradients_past_two_to_the_31() -> None:
-    """The last tokens of 600K get the gradients of their segment alone."""
-    tokens, tail = 600 * 1024, 512
-    q, k, v, x = (torch.randn(1, tokens, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 32), (64, 128)])
+def test_gradients_past_two_to_the_31(key_dim: int, value_dim: int) -> None:
+    """The last tokens of 513K get the gradients of their segment alone. One of K and V at a time: both do not fit into 80 GB."""
+    tokens, tail, dims = 513 * 1024, 512, (key_dim, key_dim, value_dim, key_dim)
+    q, k, v, x = (torch.randn(1, tokens, 32, dim, device="cuda", dtype=torch.bfloat16) for dim in dims)
     gate = x.sigmoid_().neg_().mul_(3)
     beta = torch.rand(1, tokens, 32, device="cuda")
     head = (y[:, :-tail] for y in (q, k, v, gate, beta))
     with torch.no_grad():
         state = chunk_kda(*head, normalize_qk=True, impl="triton").final_state
     leaves = [y.requires_grad_() for y in (q, k, v, gate, beta)]
-    d_output = torch.randn(1, tail, 32, 128, device="cuda", dtype=torch.bfloat16)
+    d_output = torch.randn(1, tail, 32, value_dim, device="cuda", dtype=torch.bfloat16)
     whole = chunk_kda(*leaves, normalize_qk=True, impl="triton").output[:, -tail:]
     of_whole = [y[:, -tail:].clone() for y in torch.autograd.grad(whole, leaves, d_output)]
     last = [y[:, -tail:].detach().requires_grad_() for y in leaves]

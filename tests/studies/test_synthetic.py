@@ -126,7 +126,7 @@ def test_a_training_ends_when_nothing_has_come_of_many_steps(
 def test_a_captured_step_trains_like_an_eager_one(task: str) -> None:
     """Points of a curve, captured, eager, and captured beside others: within what the order of atomic sums may change."""
     device = torch.device("cuda")
-    config = replace(SMALL, head_dim=64, width=64, precision="bf16", device="cuda")
+    config = replace(SMALL, head_dim=64, width=64, mqar_symbols=None, precision="bf16", device="cuda")
     cells = [replace(CELL, task=task, length=200, mixer=mixer) for mixer in ("kda", "gdn", "mamba2", "mla")]
     lanes = [synthetic.lane_of(config, cell) for cell in cells]
     lanes = [replace(one, steps=30, point_every=10, batch_size=8) for one in lanes]
