@@ -9,6 +9,8 @@ A log-decay acts on every later read and every earlier write: d_g[t] = sum_(r >=
 z = late_q d_late_q + late_k d_late_k - early d_early. A pair on one side of t must cancel in that sum, so z is summed here, from
 the very numbers that the products multiplied, before anything is rounded. The rest is token_backward.py's.
 
+All of it times ``scales`` of value_backward.py, as d_N and d_L are: what is anchored 2^-100 away leaves no room for small gradients.
+
 Grid (chunks * K / BK, HV), slices of a chunk together. The three inputs [chunks, HV, C, K] are overwritten by their gradients,
 each slice by the one program that reads it; d_g goes into d_gate [B, T, HV, K].
 """
@@ -24,7 +26,7 @@ from kimi_linear.kernels.triton.state_backward import products_with_states
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "first_chunk"])
 def anchored_backward_kernel(
-    states, d_states, written, d_right, d_output, d_keys, d_pairs, totals, served, stretches, cu_seqlens, cu_chunks,
+    states, d_states, written, d_right, d_output, d_keys, d_pairs, scales, totals, served, stretches, cu_seqlens, cu_chunks,
     late_q, late_k, early, d_gate, num_sequences, tokens, first_chunk,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,11 +52,12 @@ def anchored_backward_kernel(
     total = tl.zeros([BK], tl.float32)
     for tile in tl.static_range(4):
         total += tl.load(totals + tile * K + dim)
-    middle = power2(0.5 * total, DOT)
-    to_q, to_k, to_early = to_q * middle[None, :], to_k * -middle[None, :], to_early * middle[None, :]
+    middle, scale = power2(0.5 * total, DOT), tl.load(scales + at)
+    scaled = (middle * scale)[None, :]
+    to_q, to_k, to_early = to_q * scaled, to_k * -scaled, to_early * scaled
     rows = (place.to(tl.int64) * HV + hv) * C * K + r * K + dim[None, :]
     b_early, b_late_q, b_late_k = tl.load(early + rows), tl.load(late_q + rows), tl.load(late_k + rows)
-    whole = whole * middle * middle + tl.sum(b_early * to_early, 0)
+    whole = whole * (middle * scale) * middle + tl.sum(b_early * to_early, 0)
     cell = r * C + row[None, :]
     b_pairs, b_keys = tl.load(d_pairs + cell), tl.load(d_keys + cell)
     to_q = tl.dot(b_pairs, b_early, to_q, input_precision=PRECISION)

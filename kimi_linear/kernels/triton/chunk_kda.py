@@ -228,21 +228,23 @@ def _scan(
 def _value_backward(
     problem: Problem, layout: _Layout, inverse: Tensor, written: Tensor, d_written: Tensor, output: Tensor,
     d_output: Tensor, dv: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(d_keys, d_pairs, sums); ``dv`` is written, ``d_written`` becomes d_right."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(d_keys, d_pairs, sums, scales); ``dv`` is written, ``d_written`` becomes d_right."""
     v, beta, (chunks, v_heads) = problem.v, problem.beta, written.shape[:2]
     tokens, value_dim = v.shape[1], v.shape[3]
     d_keys, d_pairs = torch.empty_like(inverse), torch.empty_like(inverse)
-    sums = torch.empty(chunks, v_heads, 4, CHUNK, dtype=torch.float32, device=v.device)
+    sums, scales = (
+        torch.empty(chunks, v_heads, *more, dtype=torch.float32, device=v.device) for more in ((4, CHUNK), ())
+    )
     config = config_of("kda_value_backward", v, shape_class(problem.q.shape[3], v.dtype))
     if chunks:
         value_backward_kernel[(chunks, v_heads)](
             v, beta, problem.cu_seqlens, layout.cu_chunks, inverse, written, d_written, output, d_output, dv, d_keys,
-            d_pairs, sums, layout.sequences, tokens, v.stride(1), beta.stride(1), v_heads, value_dim,
+            d_pairs, sums, scales, layout.sequences, tokens, v.stride(1), beta.stride(1), v_heads, value_dim,
             min(config["BV"], value_dim), problem.cu_seqlens is not None, layout.dot, layout.precision,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return d_keys, d_pairs, sums
+    return d_keys, d_pairs, sums, scales
 
 
 class _KeyGradients:
@@ -286,14 +288,14 @@ AT_ONCE = 2048
 
 
 def _anchored_backward(
-    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor], d_right: Tensor,
+    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor, Tensor], d_right: Tensor,
     d_states: Tensor, d_output: Tensor, results: _KeyGradients,
 ) -> Tensor:  # fmt: skip
     """``served`` [chunks, HV], 0 or 1; the gradients of all chunks where it is 1."""
     q, k, gate, beta, (tokens, heads, key_dim), (v_heads, value_dim) = (
         problem.q, problem.k, problem.gate, problem.beta, problem.q.shape[1:], problem.v.shape[2:],
     )  # fmt: skip
-    d_keys, d_pairs, sums = of_pairs
+    d_keys, d_pairs, sums, scales = of_pairs
     shape, packed, lower_bound = (
         shape_class(key_dim, q.dtype),
         problem.cu_seqlens is not None,
@@ -321,13 +323,13 @@ def _anchored_backward(
             num_warps=anchor.num_warps, num_stages=anchor.num_stages,
         )  # fmt: skip
         anchored_backward_kernel[(chunks * (key_dim // block), v_heads)](
-            saved.states, d_states, saved.written, d_right, d_output, d_keys, d_pairs, saved.totals, served,
+            saved.states, d_states, saved.written, d_right, d_output, d_keys, d_pairs, scales, saved.totals, served,
             stretches(q.device), *place, late_q, late_k, early, results.gate, layout.sequences, tokens, first, v_heads,
             key_dim, value_dim, block, min(anchored["BV"], value_dim), packed, layout.dot, layout.precision,
             num_warps=anchored.num_warps, num_stages=anchored.num_stages,
         )  # fmt: skip
         token_backward_kernel[(4 * chunks, v_heads)](
-            *given, *place, saved.totals, saved.norms, sums, served, late_q, late_k, early, results.q, results.k,
+            *given, *place, saved.totals, saved.norms, sums, scales, served, late_q, late_k, early, results.q, results.k,
             results.gate, results.beta, *results.of_tiles, problem.scale, lower_bound, layout.sequences, tokens, first,
             *strides, heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
             num_warps=token.num_warps, num_stages=token.num_stages,
@@ -336,7 +338,7 @@ def _anchored_backward(
 
 
 def _pair_backward(
-    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor], d_right: Tensor,
+    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor, Tensor], d_right: Tensor,
     d_states: Tensor, d_output: Tensor, served: Tensor, results: _KeyGradients,
 ) -> None:  # fmt: skip
     """The gradients of the other chunks."""
@@ -365,7 +367,7 @@ def _pair_backward(
         num_warps=pair.num_warps, num_stages=pair.num_stages,
     )  # fmt: skip
     steep_backward_kernel[(chunks * slices, v_heads)](
-        *given, saved.anchors, saved.flags, saved.norms, *of_pairs[:2], *found, lower_bound, layout.sequences, tokens,
+        *given, saved.anchors, saved.flags, saved.norms, *of_pairs[:2], of_pairs[3], *found, lower_bound, layout.sequences, tokens,
         batch * tokens, *strides, heads, v_heads, key_dim, results.block, layout.kind, packed, layout.dot,
         num_warps=steep.num_warps, num_stages=steep.num_stages,
     )  # fmt: skip

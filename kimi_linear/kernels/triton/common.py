@@ -18,6 +18,7 @@ from kimi_linear.kernels.triton.saved import CHUNK
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_RANGE = tl.constexpr(120.0)  # 2^120 times a product of normalized rows stays finite in fp32 and bf16
 DEEPEST = tl.constexpr(110.0)  # of an anchor: 2^-110 times what is above 2^-16 is no denormal yet
+FAR = tl.constexpr(40.0)  # 2^-24 is fp32's rounding
 STEEP = tl.constexpr(1.0)  # in place of an anchor, which is never above 0
 G = tl.constexpr(16)
 """Channels of a group, which has one bit in a tile's flags: steep channels are few."""
@@ -51,6 +52,15 @@ def chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C: tl.constexp
     per_sequence = tl.cdiv(tokens, C)
     n = (chunk // per_sequence).to(tl.int64)
     return n * tokens + (chunk % per_sequence) * C, (n + 1) * tokens
+
+
+@triton.jit
+def reach(totals, dim, K: tl.constexpr):
+    """The first distance between tiles, 2 to 4, at which no channel of ``dim`` leaves a pair more than 2^-FAR, for ``totals``
+    [4, K] of a chunk: the tiles between two tokens forget the rest. Less than a rounding of fp32 is lost with such pairs."""
+    one, other = tl.load(totals + K + dim, dim < K, -99.0), tl.load(totals + 2 * K + dim, dim < K, -99.0)
+    near, far = tl.max(tl.maximum(one, other), 0) < -FAR, tl.max(one + other, 0) < -FAR
+    return tl.where(near, 2, tl.where(far, 3, 4))
 
 
 @triton.jit

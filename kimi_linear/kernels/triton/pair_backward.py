@@ -16,6 +16,9 @@ Then through the l2 norm, whose q . d_q and k . d_k are known from value_backwar
 through the gate. Grid (chunks * K / BK, HV), slices of one chunk together. dq, dk [B, T, HV, K], d_gate as the gate, read
 and overwritten; d_beta [K / BK, B, T, HV], d_A and d_bias [chunks, HV, K] are partial sums in fp32,
 added up in a fixed order by the caller; chunks that do not exist are left as they are. Pairs inside steep tiles: steep.py.
+
+Pairs are summed times ``scales`` of value_backward.py, as d_N and d_L are: an anchor 2^-100 away leaves no room for small gradients. Distances
+at which no pair of the slice has more than 2^-FAR left are left out: fp32 would not tell.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from kimi_linear.kernels.triton.common import (
     gate_gradient,
     load_gate,
     power2,
+    reach,
     split,
     stretch_sum,
 )
@@ -55,7 +59,7 @@ def pairs_apart(
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def pair_backward_kernel(
-    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, stretches, anchors, totals, norms, d_keys, d_pairs, sums, d_decay,
+    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, stretches, anchors, totals, norms, d_keys, d_pairs, sums, scales, d_decay,
     served, dq, dk, d_gate, d_beta, d_A, d_bias,
     scale, lower_bound, num_sequences, tokens, num_tokens, stride_q, stride_k, stride_g, stride_beta,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
@@ -108,7 +112,7 @@ def pair_backward_kernel(
         0, factor, b_k, late_q, late_k, d_keys, d_pairs, r, c, to_q, to_p, to_k, z, DOT, PRECISION
     )
     factor = rest
-    for distance in tl.range(1, 4, num_stages=1):
+    for distance in tl.range(1, reach(totals, dim, K), num_stages=1):
         later = r // 16 + distance
         place, there = later * K + dim[None, :], later < 4
         to_anchor = factor * power2(tl.minimum(tl.load(anchors + place, there, 0.0), 0.0), DOT)
@@ -116,9 +120,10 @@ def pair_backward_kernel(
             distance, to_anchor, b_k, late_q, late_k, d_keys, d_pairs, r, c, to_q, to_p, to_k, z, DOT, PRECISION
         )
         factor *= power2(tl.load(totals + place, there, 0.0), DOT)
-    z += late_q * to_q + late_k * to_p
-    to_q *= up
-    to_p *= up
+    # The anchor's factor first: unscaled and still anchored far away a gradient may be too small for fp32.
+    unscale = 1.0 / tl.load(scales + at)
+    z = (z + late_q * to_q + late_k * to_p) * unscale
+    to_q, to_p, to_k = to_q * up * unscale, to_p * up * unscale, to_k * unscale
 
     before = tl.minimum(tl.load(anchors + r // 16 * K + dim[None, :]), 0.0)
     after, chunk_total = tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)

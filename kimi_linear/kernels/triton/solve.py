@@ -6,7 +6,7 @@
 P is the running log2-decay in the chunk. Pairs go by the distance between the tiles of their tokens, one product for each
 of 0, 1, 2 and 3: ``late`` of prepare.py, anchored in the later token's tile, times the keys faded to that tile's anchor, which
 for one tile more is one factor more, the total of the tile between. So every exponent is <= 0, except inside a tile, where
-prepare.py has measured it; the pairs inside steep tiles come from steep.py.
+prepare.py has measured it; the pairs inside steep tiles come from steep.py. Distances at which nothing is left to tell are left out.
 
 A level by level: X holds the inverses of the diagonal blocks of 1, 2, ... 32 tokens, L the cells of pairs_k that join two of
 them; X <- X - X L X. Repeated squaring of pairs_k would lose its precision at real gates.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.common import STEEP, chunk_of, power2
+from kimi_linear.kernels.triton.common import STEEP, chunk_of, power2, reach
 
 
 @triton.jit
@@ -55,7 +55,8 @@ def solve_kernel(
     apart = tile - c // 16
     queries, keys = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for part in range(tl.cdiv(K, BP)):
-        dim = part * BP + tl.arange(0, BP)[None, :]
+        channel = part * BP + tl.arange(0, BP)
+        dim = channel[None, :]
         inside = dim < K
         late_q, late_k = tl.load(read + r * K + dim, inside, 0.0), tl.load(erase + r * K + dim, inside, 0.0)
         faded = tl.load(early + r * K + dim, inside, 0.0).to(tl.float32)
@@ -65,7 +66,7 @@ def solve_kernel(
         queries += tl.where(apart == 0, tl.dot(late_q, columns, input_precision=PRECISION), 0.0)
         keys += tl.where(apart == 0, tl.dot(late_k, columns, input_precision=PRECISION), 0.0)
         faded *= to_end
-        for distance in range(1, 4):
+        for distance in range(1, reach(totals, channel, K)):
             later = tile + distance
             there = inside & (later < 4)
             anchor = tl.minimum(tl.load(anchors + later * K + dim, there, 0.0), 0.0)

@@ -94,7 +94,7 @@ def _add(to, value, mask):
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def steep_backward_kernel(
-    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, flags, norms, d_keys, d_pairs,
+    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, flags, norms, d_keys, d_pairs, scales,
     dq, dk, d_gate, d_beta, d_A, d_bias, lower_bound, num_sequences, tokens, num_tokens, stride_q, stride_k, stride_g,
     stride_beta, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr,
@@ -117,6 +117,7 @@ def steep_backward_kernel(
     row, dim = tl.arange(0, 16), part * BK + tl.arange(0, BK)
     r, d = row[:, None], dim[None, :]
     d_beta += part.to(tl.int64) * num_tokens * HV
+    unscale = 1.0 / tl.load(scales + at)
     amount = 0.0
     if GATE != 0:
         amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
@@ -147,8 +148,8 @@ def steep_backward_kernel(
             for i in range(16):
                 k_i, p_i = tl.sum(tl.where(r == i, b_k, 0.0), 0), tl.sum(tl.where(r == i, p, 0.0), 0)
                 column = (tile * 16 + row) * C + tile * 16 + i  # d_keys and d_pairs are zero on and above the diagonal
-                of_keys = tl.load(d_keys + at * C * C + column).to(tl.float32)[:, None]
-                of_pairs = tl.load(d_pairs + at * C * C + column).to(tl.float32)[:, None]
+                of_keys = (tl.load(d_keys + at * C * C + column).to(tl.float32) * unscale)[:, None]
+                of_pairs = (tl.load(d_pairs + at * C * C + column).to(tl.float32) * unscale)[:, None]
                 factor = power2(tl.minimum(p - p_i[None, :], 0.0), DOT)
                 faded = k_i[None, :] * factor
                 to_q += of_pairs * faded

@@ -3,7 +3,7 @@
     d_q = 2^(P - a) d_late_q    p = 2^(P - a) d_late_k    d_k = 2^(a - P) d_early + beta p    d_beta = v . d_right + k . p
 
 and each token with itself (the diagonal of d_N), then through the l2 norm, whose q . d_q and k . d_k value_backward.py knows,
-and through the gate. P and a as in anchor.py. Grid (4 * chunks, HV). dq, dk [B, T, HV, K], d_beta [B, T, HV] fp32; d_gate holds
+and through the gate. P and a as in anchor.py; all that is read comes times ``scales``. Grid (4 * chunks, HV). dq, dk [B, T, HV, K], d_beta [B, T, HV] fp32; d_gate holds
 d_g and is overwritten; d_A [4 * chunks, HV, 16] and d_bias [4 * chunks, HV, K] fp32 are partial sums.
 """
 
@@ -18,7 +18,7 @@ from kimi_linear.kernels.triton.common import chunk_log2_decay, chunk_of, gate_g
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "first_chunk"])
 def token_backward_kernel(
-    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, totals, norms, sums, served, d_late_q, d_late_k, d_early,
+    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, totals, norms, sums, scales, served, d_late_q, d_late_k, d_early,
     dq, dk, d_gate, d_beta, d_A, d_bias,
     scale, lower_bound, num_sequences, tokens, first_chunk, stride_q, stride_k, stride_g, stride_beta,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
@@ -34,6 +34,7 @@ def token_backward_kernel(
     at = chunk.to(tl.int64) * HV + hv
     if tl.load(served + at) == 0:
         return
+    unscale = 1.0 / tl.load(scales + at)
     start += tile * 16
     row, dim = tl.arange(0, 16), tl.arange(0, K)
     r, d = row[:, None], dim[None, :]
@@ -46,7 +47,7 @@ def token_backward_kernel(
         x += tl.load(dt_bias + hv * K + dim).to(tl.float32)[None, :]
     out = (start * HV + hv) * K + r * (HV * K) + d
     g = tl.where(inside, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0)
-    dg = tl.load(d_gate + out, inside, 0.0).to(tl.float32)
+    dg = tl.load(d_gate + out, inside, 0.0).to(tl.float32) * unscale
     dx, of_A = gate_gradient(x, g, dg, amount, lower_bound, GATE, DOT)
     tl.store(d_gate + out, dx.to(d_gate.dtype.element_ty), inside)
     if GATE != 0:
@@ -61,9 +62,10 @@ def token_backward_kernel(
     b_q = tl.load(q + start * stride_q + h * K + r * stride_q + d, inside, 0.0).to(tl.float32) * norm_q
     b_beta = tl.load(beta + start * stride_beta + hv + row * stride_beta, valid, 0.0).to(tl.float32)[:, None]
     rows = (place.to(tl.int64) * HV + hv) * C * K + (tile * 16 + r) * K + d
-    to_q = up * tl.load(d_late_q + rows).to(tl.float32) + diagonal * b_k
-    to_p = up * tl.load(d_late_k + rows).to(tl.float32)
-    to_k = down * tl.load(d_early + rows).to(tl.float32) + diagonal * b_q + b_beta * to_p
+    # The anchor's factor first: unscaled and still anchored far away a gradient may be too small for fp32.
+    to_q = up * tl.load(d_late_q + rows).to(tl.float32) * unscale + diagonal * b_k
+    to_p = up * tl.load(d_late_k + rows).to(tl.float32) * unscale
+    to_k = down * tl.load(d_early + rows).to(tl.float32) * unscale + diagonal * b_q + b_beta * to_p
     tl.store(d_beta + (start + row) * HV + hv, tl.sum(b_k * to_p, 1) + tl.load(token + 3 * C), valid)
     to_q, to_k = to_q * norm_q, to_k * norm_k
     if NORMALIZE:

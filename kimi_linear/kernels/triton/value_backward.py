@@ -9,8 +9,8 @@ and four sums per token, in ``sums``: q . d_q = o . d_o and k . d_k = (2 u' - be
 needs (the output is linear in q; a key acts through what it writes, u', and through what it erases, u' - beta v), the
 diagonal of d_N, and v . d_right, the first part of d_beta.
 
-Grid (chunks, HV). d_written is overwritten by d_right. d_keys (d_L) and d_pairs (d_N) [chunks, HV, C, C], sums
-[chunks, HV, 4, C] fp32.
+Grid (chunks, HV). d_written is overwritten by d_right. d_keys (d_L) and d_pairs (d_N) [chunks, HV, C, C] times ``scales``
+[chunks, HV] fp32, a power of two that brings the largest of both near one; sums [chunks, HV, 4, C] fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kimi_linear.kernels.triton.common import chunk_of
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def value_backward_kernel(
-    v, beta, cu_seqlens, cu_chunks, inverse, written, d_written, output, d_output, dv, d_keys, d_pairs, sums,
+    v, beta, cu_seqlens, cu_chunks, inverse, written, d_written, output, d_output, dv, d_keys, d_pairs, sums, scales,
     num_sequences, tokens, stride_v, stride_beta, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,8 +64,19 @@ def value_backward_kernel(
         diagonal += tl.sum(wide * b_do.to(tl.float32), 1)
         k_dk += tl.sum((2 * wide - b_beta[:, None] * b_v) * right, 1)
         v_dr += tl.sum(b_v * right, 1)
-    tl.store(d_keys + cell, tl.where(r > c, -b_keys, 0.0).to(DOT))
-    tl.store(d_pairs + cell, tl.where(r > c, b_pairs, 0.0).to(DOT))
+    b_keys, b_pairs = tl.where(r > c, -b_keys, 0.0), tl.where(r > c, b_pairs, 0.0)
+    # By way of memory: Triton 3.6 cannot lower one number made of these products on sm_100.
+    tl.store(sums + row, tl.max(tl.maximum(tl.abs(b_keys), tl.abs(b_pairs)), 1))
+    tl.debug_barrier()
+    largest = tl.max(tl.load(sums + row), 0)
+    tl.debug_barrier()
+    # 2^-n of a number whose exponent is n; what is zero, denormal or not finite has no exponent worth having.
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.where((exponent > 0) & (exponent < 254), exponent, 127)
+    scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(scales + at, scale)
+    tl.store(d_keys + cell, (b_keys * scale).to(DOT))
+    tl.store(d_pairs + cell, (b_pairs * scale).to(DOT))
     tl.store(sums + row, q_dq)
     tl.store(sums + C + row, k_dk)
     tl.store(sums + 2 * C + row, diagonal)
