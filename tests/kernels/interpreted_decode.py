@@ -24,11 +24,17 @@ STEPS = {
     "no window": {"batch": 2, "heads": 1, "conv_size": 0, "activation": "none"},
     "sliced": {"batch": 1, "tokens": 2, "heads": 1, "v_heads": 2, "key_dim": 64, "value_dim": 32},
     "waiting": {"batch": 2, "heads": 2, "conv_size": 3},
+    "one pass": {"batch": 2, "heads": 2, "conv_size": 3},
+    "two passes": {"batch": 2, "heads": 2, "key_dim": 64, "value_dim": 32, "activation": "swish"},
+    "four passes": {"batch": 2, "heads": 1, "conv_size": 0, "activation": "none"},
 }
 CONFIGS = {
     "sliced": Config(constants={"BV": 16, "PDL": 0, "AHEAD": 0}, num_warps=1),
     # One program a head, or the first would wait for those that the interpreter runs after it.
     "waiting": Config(constants={"BV": 32, "PDL": 0, "AHEAD": 2}, num_warps=1),
+    "one pass": Config(constants={"BV": 32, "PDL": 0, "AHEAD": 1, "PASS": 64}, num_warps=2),
+    "two passes": Config(constants={"BV": 32, "PDL": 0, "AHEAD": 1, "PASS": 16}, num_warps=2),
+    "four passes": Config(constants={"BV": 32, "PDL": 0, "AHEAD": 1, "PASS": 8}, num_warps=1),
 }
 
 
@@ -92,7 +98,7 @@ def recurrent(gate: str, raw: bool, pool: bool) -> None:
 
 
 for case in STEPS:
-    for where in ("rows", "slots") if case == "waiting" else ("rows", "slots", "keep"):
+    for where in ("rows", "slots") if case == "waiting" or "pass" in case else ("rows", "slots", "keep"):
         step(case, "init", where)
 for kind in GATE_KINDS:
     step("three tokens", kind, "keep")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kimi_linear.kernels.triton.configs import Config, device_arch, table
-from kimi_linear.kernels.triton.decode import TICKET, WAIT, prepare
+from kimi_linear.kernels.triton.decode import PASSES, TICKET, WAIT, prepare
 from kimi_linear.ops import DecodePool, recurrent_kda
 from kimi_linear.testing.decode import DecodeInputs, decode_inputs
 from kimi_linear.testing.factories import GATE_KINDS, kda_inputs
@@ -135,16 +135,21 @@ def test_launches_give_the_same_bits(width: int, tokens: int) -> None:
     classes = by_arch[max(arch for arch in by_arch if arch <= 10 * major + minor)]
     configs = [config for name, config in classes.items() if name.startswith(f"K = {width},")]
     configs.append(replace(configs[0], constants={**configs[0].constants, "BV": min(width, 16), "PDL": 0}))
-    inputs = decode_inputs(3, tokens, 2, 4, width, dtype=torch.bfloat16, device="cuda")
-    slots, expected = indices(5, 1, 2), None
-    for config in configs:
-        config = replace(config, constants={**config.constants, "BV": min(width, config["BV"])})
-        for ending in (WAIT.value, TICKET.value) if tokens == 1 else (TICKET.value,):
-            twin = inputs.fresh()
-            got = (through(twin, slots, config, ending), twin.pool.memory, twin.pool.window)
-            expected = expected or got
-            for a, b in zip(got, expected, strict=True):
-                assert torch.equal(a, b), (config, ending)
+    configs.append(replace(configs[0], constants={**configs[0].constants, "PASS": min(width // 4, 32)}))
+    for v_heads in (4, 2):  # a head in passes takes as many of one kind as of the other
+        inputs = decode_inputs(3, tokens, 2, v_heads, width, dtype=torch.bfloat16, device="cuda")
+        slots, expected = indices(5, 1, 2), None
+        for config in configs:
+            endings = [WAIT.value, TICKET.value] if tokens == 1 else [TICKET.value]
+            if tokens == 1 and v_heads == 2 and "PASS" in config.constants:
+                endings.append(PASSES.value)
+            config = replace(config, constants={**config.constants, "BV": min(width, config["BV"])})
+            for ending in endings:
+                twin = inputs.fresh()
+                got = (through(twin, slots, config, ending), twin.pool.memory, twin.pool.window)
+                expected = expected or got
+                for a, b in zip(got, expected, strict=True):
+                    assert torch.equal(a, b), (config, ending)
 
 
 def test_slots_may_be_written_by_the_kernel_right_before() -> None:

@@ -16,7 +16,8 @@ all programs of a launch fit on the GPU at once, they wait for each other (WAIT)
 64 bits that carry the call's number, reads those of the others until their number is right, and norms its own rows, which it
 still holds. That is one way to the L2 and back, with no fence, no barrier and nothing to clear. Where they may not fit,
 nobody may wait (TICKET): raw outputs go through ``scratch``, and the program that arrives last, by an atomic ticket,
-does the rest. Words and tickets belong to a pool's slots (``tickets.py``).
+does the rest. One token of many heads takes a program a head that goes through it in passes (PASSES, ``head_kernel``).
+Words and tickets belong to a pool's slots (``tickets.py``).
 
 **The same bits** however a head is cut, so that a launch may be chosen by the number of programs. The norm is one tree of
 pairs, and two terms have one sum in either order, in any layout. Sums over K are those of a row, which never leaves a warp: a
@@ -54,8 +55,9 @@ from kimi_linear.kernels.triton.tickets import tickets_of
 
 LANES = tl.constexpr(32)
 """Key channels side by side in a tile: 8 lanes of 4, which is one line of 128 bytes."""
-DIRECT, WAIT, TICKET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""How a head ends: by its only program, by programs that wait for each other, or by whichever arrives last."""
+DIRECT, WAIT, TICKET, PASSES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+"""How a head ends: by its only program, by programs that wait for each other, by whichever arrives last, or by its only
+program, which goes through it in passes (``head_kernel``)."""
 QUAD = tl.constexpr(4)
 """Rows whose sum of squares is one word: those that lie in one warp, in any launch."""
 
@@ -519,6 +521,97 @@ def decode_kernel(
                 )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["last_slot"])
+def head_kernel(
+    q, k, v, gate, beta, out_gate, A_log, dt_bias, taps_q, taps_k, taps_v, weight, memory, window, slots, keep, scratch,
+    tickets, output, last_slot,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
+    S: tl.constexpr, GATE: tl.constexpr, LOWER_BOUND: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_KEEP: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr,
+    AHEAD: tl.constexpr, END: tl.constexpr, MEMORY_SLOT: tl.constexpr, WINDOW_SLOT: tl.constexpr, Q_B: tl.constexpr,
+    Q_S: tl.constexpr, K_B: tl.constexpr, K_S: tl.constexpr, V_B: tl.constexpr, V_S: tl.constexpr, G_B: tl.constexpr,
+    G_S: tl.constexpr, BETA_B: tl.constexpr, BETA_S: tl.constexpr, OG_B: tl.constexpr, OG_S: tl.constexpr,
+):  # fmt: skip
+    """``decode_kernel`` for one token of many heads, H == HV: a program goes through a whole head, BV rows at a time.
+
+    The next rows are asked for before these are computed, and these are stored while those come: programs do not all read,
+    then all write. Grid (1, H, B).
+    """
+    COUNT: tl.constexpr = V // BV
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    dim_k, all_v, dim_v = tl.arange(0, K), tl.arange(0, V), tl.arange(0, BV)
+    channel, channel_v = h * K + dim_k, h * V + all_v
+    slot = b
+    if AHEAD:  # as in decode_kernel: a hint
+        guess = b
+        if HAS_SLOTS:
+            guess = tl.load(slots + b, cache_modifier=".cg").to(tl.int64)
+            guess = tl.minimum(tl.maximum(guess, 0), last_slot)
+        ask_for(memory + guess * MEMORY_SLOT, window + guess * WINDOW_SLOT, h, 0, H, HV, K, V, BV, W)
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    if HAS_SLOTS:
+        slot = tl.load(slots + b).to(tl.int64)
+    x_q, x_k, x_v = q + b * Q_B, k + b * K_B, v + b * V_B
+    rate = tl.load(A_log + h).to(tl.float32)
+    bias = tl.load(dt_bias + channel).to(tl.float32)
+    now_q, now_k, now_v = tl.load(x_q + channel), tl.load(x_k + channel), tl.load(x_v + channel_v)
+    x = tl.load(gate + b * G_B + channel).to(tl.float32)
+    strength = tl.load(beta + b * BETA_B + h).to(tl.float32)
+    w_q, w_k, w_v = taps_of(taps_q, channel, W), taps_of(taps_k, channel, W), taps_of(taps_v, channel_v, W)
+    if slot < 0:  # a padded row
+        tl.store(output + (b * HV + h) * V + all_v, tl.zeros([V], output.dtype.element_ty))
+        return
+    part, lane = tl.arange(0, K // LANES)[None, :, None], tl.arange(0, LANES)[None, None, :]
+    cells = dim_v[:, None, None] * K + (part * LANES + lane)
+    mine = memory + slot * MEMORY_SLOT + h * (V * K)
+    old = window + slot * WINDOW_SLOT
+    old_q, old_k = window_of(old, channel, 0, W), window_of(old, channel, H * K, W)
+    old_v = window_of(old, channel_v, 2 * H * K, W)
+    coming = tl.load(mine + cells)
+    b_q, b_k = convolve_one(now_q, old_q, w_q, W), convolve_one(now_k, old_k, w_k, W)
+    b_v = convolve_one(now_v, old_v, w_v, W)
+    b_q, b_k, b_v = b_q * sigmoid(b_q), b_k * sigmoid(b_k), b_v * sigmoid(b_v)
+    decay = tl.reshape(tl.exp2(log2_decay(x, rate, bias, LOWER_BOUND, GATE)), [K // LANES, LANES])[None, :, :]
+    both = (b_q.to(tl.uint32, bitcast=True).to(tl.int64) << 32) | b_k.to(tl.uint32, bitcast=True).to(tl.int64)
+    both = tl.reshape(both, [K // LANES, LANES])[None, :, :]  # one journey to the threads that hold the state
+    wide_q = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    wide_k = both.to(tl.int32).to(tl.float32, bitcast=True)
+    wide_q = tl.broadcast_to(wide_q, [BV, K // LANES, LANES])
+    wide_k = tl.broadcast_to(wide_k, [BV, K // LANES, LANES])
+    tl.debug_barrier()  # every thread has read what is overwritten now
+    leave_one(now_q, old_q, old, channel, 0, W)
+    leave_one(now_k, old_k, old, channel, H * K, W)
+    leave_one(now_v, old_v, old, channel_v, 2 * H * K, W)
+    outputs, which = tl.zeros([COUNT, BV], tl.float32), tl.arange(0, COUNT)[:, None]
+    power = sigmoid(strength)
+    for i in range(COUNT):
+        state = coming
+        coming = tl.load(mine + (i + 1) * (BV * K) + cells, i + 1 < COUNT, 0.0)
+        value = tl.gather(b_v, i * BV + dim_v, 0)
+        state *= decay
+        products = (state * wide_k, state * wide_q, wide_q * wide_q, wide_k * wide_k, wide_q * wide_k)
+        held, seen, qq, kk, qk = tl.reduce(products, 1, add_all)
+        held, seen = tl.reduce((held, seen), 1, add_both)
+        first = (one_of(qq, ROWS, BV), one_of(kk, ROWS, BV), one_of(qk, ROWS, BV))
+        qq, kk, qk = tl.reduce(first, 1, add_three)
+        qq, kk, qk = every(qq, ROWS, BV), every(kk, ROWS, BV), every(qk, ROWS, BV)
+        unit_q, unit_k = tl.rsqrt(qq + 1e-6) * SCALE, tl.rsqrt(kk + 1e-6)
+        change = power * (value - held * unit_k)
+        o = tl.fma(qk * unit_q * unit_k, change, seen * unit_q)
+        state = tl.fma((change * unit_k)[:, None, None], wide_k, state)
+        tl.store(mine + i * (BV * K) + cells, state)
+        outputs = tl.where(which == i, o[None, :], outputs)
+    o = tl.reshape(outputs, [V])
+    scales = tl.load(weight + all_v).to(tl.float32)
+    y = scales
+    if ACTIVATION > 0:
+        y = tl.load(out_gate + b * OG_B + channel_v).to(tl.float32)
+    o = finish(o, tree_sum(quad_sums(o * o, V), V // QUAD), y, scales, V, EPS, ACTIVATION)
+    tl.store(output + (b * HV + h) * V + all_v, o.to(output.dtype.element_ty))
+
+
 Step = tuple[Tensor | None, ...]
 """q, k, v, gate, beta, out_gate, A_log, dt_bias, taps_q, taps_k, taps_v, weight, memory, window, slots, keep: the kernel's
 pointers in its order, ``scratch``, ``tickets`` and ``output`` apart; shapes as ``kimi_linear.ops.kda_decode`` has them."""
@@ -551,6 +644,8 @@ def ending_of(q: Tensor, v: Tensor, config: Config, kept: bool) -> int:
     ever there in part. ``options_of`` keeps programs to the registers that this counts with.
     """
     (batch, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
+    if "PASS" in config.constants and tokens == 1 and not kept and heads == v_heads:
+        return PASSES.value
     programs = batch * v_heads * (value_dim // config["BV"])
     if programs == batch * heads:
         return DIRECT.value
@@ -604,10 +699,16 @@ def prepare(
         config = Config(constants={**config.constants, "PDL": 0}, num_warps=config.num_warps)
     if ending is None:
         ending = ending_of(q, v, config, step[KEEP] is not None)
+    passes = ending == PASSES.value
+    if passes:
+        config = Config(
+            constants=config.constants | {"BV": min(config["PASS"], v.shape[3])}, num_warps=config.num_warps
+        )
+    the_kernel = head_kernel if passes else decode_kernel
     constants = _constants(step, lower_bound, eps, activation, config, ending)
     options = options_of(config, ending)
     (batch, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
-    grid = (value_dim // config["BV"], v_heads, batch)
+    grid = (1 if passes else value_dim // config["BV"], v_heads, batch)
     quads = v_heads * (value_dim // QUAD.value)
     raw = batch * tokens * (v_heads * value_dim + quads) if ending == TICKET.value and grid[0] > 1 else 0
     memory = step[MEMORY]
@@ -622,9 +723,9 @@ def prepare(
             return
         # The allocator gives memory back in the stream's order, so dropping it after the launch is safe.
         scratch = output.new_empty(raw, dtype=torch.float32) if raw else None
-        tickets = None if ending == DIRECT.value else tickets_of(now[MEMORY], count, kind)
+        tickets = None if passes or ending == DIRECT.value else tickets_of(now[MEMORY], count, kind)
         if interpreted:
-            decode_kernel[grid](*now, scratch, tickets, output, last_slot, *constants, **options)
+            the_kernel[grid](*now, scratch, tickets, output, last_slot, *constants, **options)
             return
         addresses = [0 if x is None else x.data_ptr() for x in (*now, scratch, tickets, output)]
         # Compiled code may assume addresses that are multiples of 16; a view with others gets code of its own.
@@ -632,7 +733,7 @@ def prepare(
         known = True if aligned else tuple(address % 16 == 0 for address in addresses)
         launch = compiled.get(known)
         if launch is None:
-            kernel = decode_kernel.warmup(*now, scratch, tickets, output, last_slot, *constants, grid=grid, **options)
+            kernel = the_kernel.warmup(*now, scratch, tickets, output, last_slot, *constants, grid=grid, **options)
             launch = compiled[known] = launcher(kernel, grid, q.device.index, (last_slot, *constants))
         launch(addresses)
 
