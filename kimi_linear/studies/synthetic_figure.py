@@ -50,6 +50,7 @@ PAPER_CURVES: dict[str, dict[str, tuple[float, ...]]] = {
 }
 """Accuracy at 1,024 tokens after each of ``PAPER_STEPS``."""
 COLORS = {"kda": "#d1495b", "gdn": "#2e6f95", "mamba2": "#6a994e", "mla": "#8d8d8d"}
+MARKERS = {"kda": "o", "gdn": "s", "mamba2": "^", "mla": "D"}
 NAMES = {"kda": "KDA", "gdn": "GDN", "mamba2": "Mamba-2", "mla": "attention with RoPE"}
 TITLES = {"palindrome": "Palindrome", "mqar": "MQAR", "stack": "Stack"}
 NEARLY = 0.99
@@ -140,7 +141,7 @@ def draw(config: SyntheticConfig, results: Results, path: Path) -> None:
     from matplotlib.lines import Line2D
 
     tasks = [task for task in TASKS if any(cell.task == task for cell in results)]
-    mixers = [mixer for mixer in COLORS if any(cell.mixer == mixer for cell in results)]
+    mixers = [mixer for mixer in reversed(COLORS) if any(cell.mixer == mixer for cell in results)]  # KDA on top
     figure = Figure(figsize=(4.3 * max(2, len(tasks)), 8.6 + 0.22 * len(mixers)), layout="constrained")
     grid = figure.add_gridspec(3, len(tasks), height_ratios=(1, 1, 0.12 + 0.1 * len(mixers)))
     for column, task in enumerate(tasks):
@@ -159,10 +160,13 @@ def draw(config: SyntheticConfig, results: Results, path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             if column == 0:
                 axis.set_ylabel("sequences all right, %")
-        _draw_table(under, config, results, task, mixers)
-    handles = [Line2D([], [], color=COLORS[mixer], label=NAMES[mixer]) for mixer in mixers]
+        _draw_table(under, config, results, task, mixers[::-1])
+    handles = [
+        Line2D([], [], color=COLORS[mixer], marker=MARKERS[mixer], markersize=5, label=NAMES[mixer])
+        for mixer in reversed(mixers)
+    ]
     handles.append(
-        Line2D([], [], color="0.3", marker="o", fillstyle="none", linestyle="none", label="the paper's points")
+        Line2D([], [], color="0.3", marker="o", fillstyle="none", linestyle="none", label="hollow: the paper's points")
     )
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=150)
@@ -172,7 +176,7 @@ def _draw_lengths(axis: Any, config: SyntheticConfig, results: Results, task: st
     cells = [cell for cell in sweep_cells(config) if (cell.task, cell.mixer) == (task, mixer) and cell in results]
     lengths = sorted({cell.length for cell in cells})
     best = [100 * max(peak(results[cell]) for cell in cells if cell.length == length) for length in lengths]
-    axis.plot(lengths, best, color=COLORS[mixer], marker="o", markersize=4, linewidth=1.6)
+    axis.plot(lengths, best, color=COLORS[mixer], marker=MARKERS[mixer], markersize=4.5, linewidth=1.6)
     if mixer in PAPER_PEAKS[task]:
         axis.plot(PAPER_LENGTHS, PAPER_PEAKS[task][mixer], **_hollow(mixer))
 
@@ -195,7 +199,7 @@ def _draw_steps(axis: Any, config: SyntheticConfig, results: Results, task: str,
 def _hollow(mixer: str) -> dict[str, Any]:
     return {
         "color": COLORS[mixer],
-        "marker": "o",
+        "marker": MARKERS[mixer],
         "fillstyle": "none",
         "markersize": 7,
         "linestyle": "none",
