@@ -354,7 +354,7 @@ def _round_once(model: KimiLinear) -> None:
     """Let the norms between stream and projections hand out bf16: autocast would round their result in each projection anew."""
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm) and not name.endswith("o_norm"):
-            module.register_forward_hook(lambda module, inputs, output: output.to(torch.bfloat16))
+            module.output_dtype = torch.bfloat16
 
 
 @contextmanager

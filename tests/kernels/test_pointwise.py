@@ -37,14 +37,19 @@ def interpreted() -> dict[str, dict[str, str]]:
 def test_interpreted_values_and_gradients() -> None:
     """fp32, where the only errors are rounding: 1e-6 is eight roundings, and what is seen is two."""
     errors = interpreted()["value"]
-    assert len(errors) == 24
+    assert len(errors) == 25
     assert {name: error for name, error in errors.items() if not float(error) < 1e-6} == {}
+
+
+def test_a_norm_hands_out_another_dtype() -> None:
+    """The gradients are those of a cast after it, bit for bit."""
+    assert interpreted()["narrow"] == {"output": "True", "gradients": "True"}
 
 
 def test_operators_keep_torchs_rules() -> None:
     """Schema, fake kernel, gradient registration, and tracing with dynamic shapes, of every operator."""
     verdicts = interpreted()["opcheck"]
-    assert len(verdicts) == 11
+    assert len(verdicts) == 12
     assert {name: verdict for name, verdict in verdicts.items() if verdict != "True"} == {}
 
 

@@ -84,6 +84,16 @@ def test_norms(kind: str, dtype: torch.dtype) -> None:
         judge(norm_case(OPS, kind, 128, layout=layout, rows=(2, 1000, 3), dtype=dtype, device="cuda"))
 
 
+def test_a_norm_rounds_as_a_cast_after_it_would() -> None:
+    """Output and gradients, bit for bit; more rows than one program of the second stage walks through."""
+    x, weight = (torch.randn(n, 256, device="cuda").squeeze(0).requires_grad_() for n in (20000, 1))
+    sent = torch.randn_like(x).bfloat16()
+    narrow, wide = (rms_norm(x, weight, 1e-5, dtype=dtype, impl="triton") for dtype in (torch.bfloat16, None))
+    assert torch.equal(narrow, wide.bfloat16())
+    gradients = [torch.autograd.grad(y, (x, weight), sent.to(y.dtype)) for y in (narrow, wide)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_a_sequence_alone_is_bitwise_the_same_as_packed() -> None:
     """Outputs, final states, and the gradients of inputs and initial states; those of the weight sum over all tokens."""
     case = conv_case(OPS, width=384, taps=4, packed=True, dtype=torch.bfloat16, device="cuda")
