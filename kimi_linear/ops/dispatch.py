@@ -24,6 +24,7 @@ AVAILABLE: dict[str, tuple[Impl, ...]] = {
     "l2_normalize": ("torch", "triton"),
     "rms_norm": ("torch", "triton"),
     "gated_rms_norm": ("torch", "triton"),
+    "swiglu": ("torch", "triton"),
 }
 """The implementations that each operation has, slowest first."""
 
@@ -33,7 +34,7 @@ TRITON_KEY_DIMS = (32, 64, 128)
 """256 is left out: the scan came out as NaN there on an H200 (Triton 3.6.0, eight warps)."""
 TRITON_VALUE_DIMS = (32, 64, 128, 256)
 
-ROW_OPS = ("short_conv", "l2_normalize", "rms_norm", "gated_rms_norm")
+ROW_OPS = ("short_conv", "l2_normalize", "rms_norm", "gated_rms_norm", "swiglu")
 """Operations at memory speed on rows of channels, forward and backward, on any architecture from sm_80 up."""
 ROW_DTYPES = ("bfloat16", "float16", "float32")
 ROW_WIDTH = 8192
@@ -171,6 +172,8 @@ def _why_no_triton_rows(facts: OpFacts) -> str | None:
         return f"expected x in {', '.join(ROW_DTYPES)}, got {facts.dtype}; use impl='auto'"
     if facts.op == "short_conv":
         return None if facts.taps <= ROW_TAPS else f"expected W <= {ROW_TAPS} taps, got {facts.taps}; use impl='auto'"
+    if facts.op == "swiglu":
+        return None
     return None if facts.key_dim <= ROW_WIDTH else f"expected D <= {ROW_WIDTH}, got {facts.key_dim}; use impl='auto'"
 
 

@@ -8,8 +8,9 @@ Prints one line per check: its kind, its name, and the largest relative error or
 from unittest.mock import patch
 
 import torch
-from pointwise_cases import Case, conv_case, norm_case, qkv_case, results
+from pointwise_cases import Case, conv_case, norm_case, qkv_case, results, swiglu_case
 
+import kimi_linear.ops.moe
 import kimi_linear.ops.norm
 import kimi_linear.ops.short_conv  # noqa: F401  (registers the operators)
 from kimi_linear.kernels.triton import configs
@@ -33,7 +34,8 @@ def value_cases() -> list[Case]:
     ]
     kinds = ("l2", "rms", "sigmoid", "swish")
     norms = [norm_case(ops, kind, 32, layout=layout) for kind in kinds for layout in ("dense", "slice", "heads")]
-    return convs + norms + [norm_case(ops, kind, 300, rows=(5,)) for kind in kinds]
+    products = [swiglu_case(ops, 40), swiglu_case(ops, 1500, rows=(2, 2)), swiglu_case(ops, 32, halves=False)]
+    return convs + norms + [norm_case(ops, kind, 300, rows=(5,)) for kind in kinds] + products
 
 
 def show(kind: str, name: str, value: object) -> None:
@@ -81,6 +83,8 @@ CHECKS = {
     "rms_norm": (x, bias, 1e-5),
     "rms_norm_backward": (x, bias, x.bfloat16(), 1e-5, True),
     "gated_rms_norm": (x, x + 1, bias, 1e-5, "swish"),
+    "swiglu": (x, x + 1),
+    "swiglu_backward": (x, x + 1, x),
     "gated_rms_norm_backward": (x, x, bias, x, 1e-5, "sigmoid", False),
 }
 for name, arguments in CHECKS.items():

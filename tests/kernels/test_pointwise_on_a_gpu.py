@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_linear.ops import gated_rms_norm, l2_normalize, rms_norm, short_conv, short_conv_qkv
+from kimi_linear.ops import gated_rms_norm, l2_normalize, rms_norm, short_conv, short_conv_qkv, swiglu
 from kimi_linear.testing.tolerances import assert_close_to_reference
 
-from .pointwise_cases import LENGTHS, Case, conv_case, norm_case, qkv_case, results
+from .pointwise_cases import LENGTHS, Case, conv_case, norm_case, qkv_case, results, swiglu_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]
 
@@ -38,6 +38,7 @@ def convolve_qkv(q, k, v, q_weight, k_weight, v_weight, state, cu, silu) -> tupl
 OPS = SimpleNamespace(
     short_conv=convolve,
     short_conv_qkv=convolve_qkv,
+    swiglu=swiglu,
     l2_normalize=lambda x, eps: l2_normalize(x, eps, impl="triton"),
     rms_norm=lambda x, weight, eps: rms_norm(x, weight, eps, impl="triton"),
     gated_rms_norm=lambda x, gate, weight, eps, kind: gated_rms_norm(x, gate, weight, eps, kind, impl="triton"),
@@ -82,6 +83,13 @@ def test_norms(kind: str, dtype: torch.dtype) -> None:
         judge(norm_case(OPS, kind, width, layout="dense", rows=(5, 3), dtype=dtype, device="cuda"))
     for layout in ("dense", "slice", "heads"):
         judge(norm_case(OPS, kind, 128, layout=layout, rows=(2, 1000, 3), dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_product_of_a_feed_forward(halves: bool, dtype: torch.dtype) -> None:
+    for width in (1, 40, 512, 1408, 9216):
+        judge(swiglu_case(OPS, width, rows=(5, 301), halves=halves, dtype=dtype, device="cuda"))
 
 
 def test_a_norm_rounds_as_a_cast_after_it_would() -> None:
@@ -199,5 +207,5 @@ def test_operators_keep_torchs_rules_and_compile_to_one_graph() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     verdicts = dict(line.split("\t") for line in done.stdout.splitlines())
-    assert len(verdicts) == 9
+    assert len(verdicts) == 10
     assert {name: verdict for name, verdict in verdicts.items() if verdict != "True"} == {}
