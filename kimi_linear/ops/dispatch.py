@@ -18,7 +18,7 @@ AVAILABLE: dict[str, tuple[Impl, ...]] = {
     "kda_decode": ("reference", "torch", "triton"),
     "chunk_gdn": ("reference", "torch", "triton"),
     "recurrent_gdn": ("reference", "torch"),
-    "chunk_mamba2": ("reference", "torch"),
+    "chunk_mamba2": ("reference", "torch", "triton"),
     "recurrent_mamba2": ("reference", "torch"),
     "short_conv": ("torch", "triton"),
     "l2_normalize": ("torch", "triton"),

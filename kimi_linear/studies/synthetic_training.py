@@ -359,7 +359,7 @@ def _round_once(model: KimiLinear) -> None:
 
 @contextmanager
 def _tf32(enabled: bool) -> Iterator[None]:
-    """Products of fp32 numbers on the matrix units meanwhile: Mamba-2's, which autocast leaves alone."""
+    """Products of fp32 numbers on the matrix units meanwhile: Mamba-2's in plain torch, which autocast leaves alone."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = enabled or before
     try:
