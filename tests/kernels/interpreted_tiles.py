@@ -17,6 +17,7 @@ from kimi_linear.testing.factories import KDAInputs, kda_inputs
 from kimi_linear.testing.tolerances import relative_error
 
 torch.set_num_threads(1)
+chunk_kda.NARROWEST = 0  # narrow heads take every path here, which is quickest
 LOG2E = torch.tensor(1.4426950408889634)
 K = 32
 

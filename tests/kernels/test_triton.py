@@ -43,7 +43,7 @@ def test_interpreted_at_every_gate_and_layout() -> None:
         _, gate, kind = name.split(",")
         names = INPUTS if kind == "raw" else [name for name in INPUTS if name not in ("A_log", "dt_bias")]
         for of, error in zip(names, errors, strict=True):
-            limit = CANCELS.get(of, ROUNDING) if gate in ("fast", "stress", "mixed") else ROUNDING
+            limit = CANCELS.get(of, ROUNDING) if gate in ("fast", "stress", "mixed") and kind == "raw" else ROUNDING
             assert float(error) < limit, (name, of, error)
 
 
@@ -77,13 +77,11 @@ def test_channels_that_one_anchor_does_not_serve() -> None:
         assert gradients < ROUNDING, (name, gradients)
 
 
-def launched(
-    arch: int, key_dim: int, value_dim: int, tokens: int = 200, inputs: torch.dtype = torch.bfloat16
-) -> list[Launch]:
-    """Every kernel of both directions for packed sequences, a raw gate and the norm."""
+def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 200) -> list[Launch]:
+    """Every kernel of both directions for packed sequences, a raw gate and the norm, in bf16."""
     from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward_to_train
 
-    def made(*shape: int, dtype: torch.dtype = inputs) -> torch.Tensor:
+    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     wide = torch.float32
@@ -99,9 +97,10 @@ def launched(
     return launches
 
 
-CHUNK_KERNELS = {
-    "prepare_kernel", "steep_kernel", "solve_kernel", "value_backward_kernel", "anchor_kernel", "anchored_backward_kernel",
-    "tile_backward_kernel", "token_backward_kernel", "steep_backward_kernel",
+ANCHORED = {"anchor_kernel", "anchored_backward_kernel", "token_backward_kernel"}
+CHUNK_KERNELS = ANCHORED | {
+    "prepare_kernel", "steep_kernel", "solve_kernel", "value_backward_kernel", "state_backward_kernel", "pair_backward_kernel",
+    "steep_backward_kernel",
 }  # fmt: skip
 
 
@@ -111,13 +110,13 @@ CHUNK_KERNELS = {
 def test_compiles_within_bounds(key_dim: int, value_dim: int, arch: int) -> None:
     """Every bf16 configuration of the table: no more shared memory than there is, spills only where they were timed."""
     launches = [launch for launch in launched(arch, key_dim, value_dim) if launch.kernel in CHUNK_KERNELS]
-    assert {launch.kernel for launch in launches} == CHUNK_KERNELS
+    assert {launch.kernel for launch in launches} == CHUNK_KERNELS - (ANCHORED if key_dim < 64 else set())
     for launch in launches:
         assert launch.shared <= SHARED_LIMIT[arch], launch
         assert launch.stack <= SPILLED.get(launch.kernel, 0), launch
 
 
-SPILLED = {"tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 64}
+SPILLED = {"pair_backward_kernel": 256, "value_backward_kernel": 8, "anchored_backward_kernel": 64}
 """Bytes a thread, where what spills nothing was slower on an H200: see docs/LOG.md."""
 
 
