@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:=benchmarks/results}" "${PYTHON:=python3}" "${SECONDS_EACH:=540}"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # for processes that tests start; not installed here
 mkdir -p "$OUT"
 # fla times its candidates for a minute or two at each new shape; what it chose lies in Triton's cache.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HOME/.triton/cache} TRITON_CACHE_AUTOTUNING=1
