@@ -77,13 +77,11 @@ def test_channels_that_one_anchor_does_not_serve() -> None:
         assert gradients < ROUNDING, (name, gradients)
 
 
-def launched(
-    arch: int, key_dim: int, value_dim: int, tokens: int = 200, inputs: torch.dtype = torch.bfloat16
-) -> list[Launch]:
-    """Every kernel of both directions for packed sequences, a raw gate and the norm."""
+def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 200) -> list[Launch]:
+    """Every kernel of both directions for packed sequences, a raw gate and the norm, in bf16."""
     from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward_to_train
 
-    def made(*shape: int, dtype: torch.dtype = inputs) -> torch.Tensor:
+    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     wide = torch.float32
