@@ -2,7 +2,8 @@
 
 Channels that forget more than one anchor serves, at chosen places of a chunk, in fp32 against the reference in fp64. Prints
 one line per case: its kind and name, what prepare.py made of it (tiles times channels that are anchored, that are steep), and
-the largest relative error of output, state and gradients; for a prefix, the largest difference between later gates.
+the largest relative error of output, state and gradients; for a prefix, the largest difference between later gates; for small
+gradients, the largest from what the same gradients give at their usual size.
 """
 
 import math
@@ -93,6 +94,17 @@ def prefix(name: str, cut: int, tokens: int = 48) -> None:
     print("prefix", name, *(n for kind in kinds for n in kind), of_output, of_gradients)
 
 
+def small(name: str, inputs: KDAInputs, size: float = 2.0**-60) -> None:
+    """Gradients of a loss that small, beside anchors as far away as they get."""
+    problem = problem_of(inputs)
+    output, _, saved = forward_to_train(problem)
+    torch.manual_seed(0)
+    d_output = torch.randn_like(output)
+    usual, found = (backward(problem, saved, output, d_output * x, None) for x in (1.0, size))
+    pairs = [(a / size, b) for a, b in zip(found, usual, strict=True) if a is not None and b is not None]
+    print("small", name, max(float(relative_error(a, b)) for a, b in pairs))
+
+
 if __name__ == "__main__":
     case("one-tile", planted(64, range(35, 48, 4), [-80.0, -100.0, -140.0]))
     case("partial-last-tile", planted(37, range(33, 37, 2), [-130.0, -240.0]))
@@ -103,5 +115,7 @@ if __name__ == "__main__":
     over = runs((5, -22.0), (5, -24.0))
     over.log_decay[:, 25, :, 0] -= 1e-4
     case("just-over", over)
+    small("exactly-the-range", runs((5, -24.0)))
+    small("exactly-the-deepest", runs((5, -22.0), (5, -24.0)))
     prefix("early", 5)
     prefix("late", 37)

@@ -61,12 +61,16 @@ CASES = {
 def test_channels_that_one_anchor_does_not_serve() -> None:
     """They take the path that they are meant to take, up to the last bit of the range, and are exact on it.
 
-    And what a prefix computes, gradients too, does not change when later gates of the same tile change its anchors.
+    What a prefix computes, gradients too, does not change when later gates of the same tile change its anchors. And gradients
+    of 2^-60 are as exact as those of one.
     """
     lines = interpreted("interpreted_tiles.py")
     cases = {name: tuple(map(float, numbers)) for kind, name, *numbers in lines if kind == "case"}
     assert {name: numbers[:2] for name, numbers in cases.items()} == CASES
     assert all(error < ROUNDING for *_, error in cases.values()), cases
+    small = {name: float(difference) for kind, name, difference in (line for line in lines if line[0] == "small")}
+    assert set(small) == {"exactly-the-range", "exactly-the-deepest"}
+    assert all(difference < ROUNDING for difference in small.values()), small
     prefixes = {name: tuple(map(float, numbers)) for kind, name, *numbers in lines if kind == "prefix"}
     assert set(prefixes) == {"early", "late"}
     for name, (_, flat, anchored, _, _, steep, output, gradients) in prefixes.items():

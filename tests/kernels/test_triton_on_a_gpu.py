@@ -238,6 +238,18 @@ def test_a_prefix_inside_a_tile_feels_later_gates_only_in_its_rounding(cut: int)
             assert relative_error(a, b) < GRADIENT_LIMIT
 
 
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_small_gradients_are_as_exact_as_large_ones(gate: str) -> None:
+    """A loss averaged over many tokens, times an anchor 2^-110 away, would be below the least number of fp32."""
+    inputs = kda_inputs(
+        1, 300, 2, key_dim=128, raw=True, gate=gate, normalized=False, dtype=torch.bfloat16, device="cuda"
+    )
+    d_output = torch.randn(inputs.v.shape, device="cuda").to(torch.bfloat16)
+    usual = gradients(inputs, d_output, None, "triton")
+    for found, expected in zip(gradients(inputs, d_output * 2.0**-40, None, "triton"), usual, strict=True):
+        assert relative_error(found.double() * 2.0**40, expected) < 1e-3
+
+
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 32), (64, 128)])
 def test_gradients_past_two_to_the_31(key_dim: int, value_dim: int) -> None:
     """The last tokens of 513K get the gradients of their segment alone. One of K and V at a time: both do not fit into 80 GB."""
