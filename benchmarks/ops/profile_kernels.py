@@ -42,8 +42,9 @@ PRODUCTS: dict[str, Callable[[int, int], int]] = {
     "scan_kernel": lambda K, V: 6 * C * K * V + 2 * C * C * V,
     "scan_backward_kernel": lambda K, V: 6 * C * K * V + 2 * C * C * V,
     "value_backward_kernel": lambda K, V: 6 * C * C * V,
-    "state_backward_kernel": lambda K, V: 6 * C * K * V,
-    "pair_backward_kernel": lambda K, V: 46 * C * C * K,  # sums over stretches are seven products in all
+    # A sum over a stretch is three products; where tiles have anchors of their own, pairs are up to sixteen for four.
+    "anchored_backward_kernel": lambda K, V: 6 * C * K * V + 14 * C * C * K,
+    "tile_backward_kernel": lambda K, V: 6 * C * K * V + 38 * C * C * K,
 }
 """Multiplications and additions of our kernels' matrix products."""
 FLUSH = re.compile(r"FillFunctor<(signed char|int8_t)>")

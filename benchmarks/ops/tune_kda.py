@@ -16,7 +16,6 @@ import torch
 
 from benchmarks.ops._problem import Problem, Run
 from benchmarks.ops.shapes import CHUNK
-from kimi_linear.kernels.triton.chunk_kda import NARROWEST
 from kimi_linear.kernels.triton.configs import Config, config_of
 from kimi_linear.kernels.triton.segments import shape_class
 from kimi_linear.testing.factories import GateKind, kda_inputs
@@ -39,7 +38,6 @@ def problems() -> list[Problem]:
         )
         for kernel, (candidates, bytes_of) in KERNELS.items()
         for dim in (32, 64, 128)
-        if dim >= NARROWEST or kernel not in ANCHORED
     ]  # fmt: skip
 
 
@@ -65,34 +63,22 @@ KERNELS: dict[str, tuple[list[Config], Callable[[int], float]]] = {
         + _grid(BP=128, BK=64, BV=64, num_warps=(8,)),
         lambda d: 16 * d + 4 * CHUNK,
     ),
-    "kda_state_backward": (
-        [
-            config
-            for BK, BV in ((32, 64), (32, 128), (64, 64), (64, 128), (128, 64))
-            for config in _grid(BK=BK, BV=BV, num_stages=(1, 2, 3))
-        ],
-        lambda d: 12 * d + 4 * d * d / CHUNK,
-    ),
     "kda_value_backward": (
         [config for BV in (32, 64, 128) for config in _grid(BV=BV, num_stages=(1, 2))],
         lambda d: 14 * d + 6 * CHUNK,
-    ),
-    "kda_pair_backward": (
-        [config for BK in (16, 32, 64) for config in _grid(BK=BK)],
-        lambda d: 18 * d + 4 * CHUNK,
     ),
     "kda_anchor": (_grid(num_warps=(1, 2, 4, 8)), lambda d: 12 * d + 4 * 4 * d / CHUNK),
     "kda_anchored_backward": (
         [config for BK, BV in ((64, 32), (64, 64), (64, 128)) for config in _grid(BK=BK, BV=BV, num_stages=(1, 2, 3))],
         lambda d: 20 * d + 4 * d * d / CHUNK + 4 * CHUNK,
     ),
+    "kda_tile_backward": (
+        [config for BK, BV in ((64, 32), (64, 64), (64, 128)) for config in _grid(BK=BK, BV=BV, num_stages=(1, 2, 3))],
+        lambda d: 20 * d + 4 * d * d / CHUNK + 4 * CHUNK,
+    ),
     "kda_token_backward": (_grid(num_warps=(1, 2, 4, 8)), lambda d: 20 * d + 4 * 4 * d / CHUNK),
-    "kda_steep_backward": (_grid(num_warps=(2, 4, 8)), lambda d: 4 * 4 / CHUNK),
+    "kda_steep_backward": ([config for BK in (16, 32, 64) for config in _grid(BK=BK, num_warps=(2, 4, 8))], lambda d: 4 * 4 / CHUNK),
 }
-
-
-ANCHORED = ("kda_anchor", "kda_anchored_backward", "kda_token_backward")
-"""Not launched for narrow heads."""
 
 
 class _Recorder:

@@ -83,15 +83,20 @@ def init_step(dt_bias: Tensor, generator: torch.Generator | None) -> None:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim, with a weight that starts at one."""
+    """Root-mean-square norm over the last dim, with a weight that starts at one.
+
+    Attributes:
+        output_dtype: of what it hands out, the input's where None. With autocast's, projections find their input rounded already.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.output_dtype: torch.dtype | None = None
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, dtype=self.output_dtype)
 
 
 class ConvWeight(nn.Module):

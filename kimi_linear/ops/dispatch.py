@@ -18,22 +18,21 @@ AVAILABLE: dict[str, tuple[Impl, ...]] = {
     "kda_decode": ("reference", "torch", "triton"),
     "chunk_gdn": ("reference", "torch", "triton"),
     "recurrent_gdn": ("reference", "torch"),
-    "chunk_mamba2": ("reference", "torch"),
+    "chunk_mamba2": ("reference", "torch", "triton"),
     "recurrent_mamba2": ("reference", "torch"),
     "short_conv": ("torch", "triton"),
     "l2_normalize": ("torch", "triton"),
     "rms_norm": ("torch", "triton"),
     "gated_rms_norm": ("torch", "triton"),
+    "swiglu": ("torch", "triton"),
 }
 """The implementations that each operation has, slowest first."""
 
-TRITON_DTYPES = ("bfloat16",)
-"""fp32 is left out: its configurations spill registers, up to 9.7 KB a thread, and have not been timed."""
-TRITON_KEY_DIMS = (32, 64, 128)
-"""256 is left out: the scan came out as NaN there on an H200 (Triton 3.6.0, eight warps)."""
+TRITON_KEY_DIMS = {"bfloat16": (32, 64, 128, 256), "float32": (32, 64, 128)}
+"""By dtype of q. In fp32 the kernels for 256 would spill KBs a thread."""
 TRITON_VALUE_DIMS = (32, 64, 128, 256)
 
-ROW_OPS = ("short_conv", "l2_normalize", "rms_norm", "gated_rms_norm")
+ROW_OPS = ("short_conv", "l2_normalize", "rms_norm", "gated_rms_norm", "swiglu")
 """Operations at memory speed on rows of channels, forward and backward, on any architecture from sm_80 up."""
 ROW_DTYPES = ("bfloat16", "float16", "float32")
 ROW_WIDTH = 8192
@@ -138,12 +137,13 @@ def why_not_triton(facts: OpFacts) -> str | None:
         return _why_no_triton_step(facts)
     if facts.op in ROW_OPS:
         return _why_no_triton_rows(facts)
-    if facts.arch is None or facts.arch < (9, 0):
-        return f"expected compute capability 9.0 or more (the kernels spill registers below), got {facts.arch}; use impl='auto'"
-    if facts.dtype not in TRITON_DTYPES:
-        return f"expected q in {', '.join(TRITON_DTYPES)}, got {facts.dtype}; use impl='auto'"
-    if facts.key_dim not in TRITON_KEY_DIMS or facts.value_dim not in TRITON_VALUE_DIMS:
-        allowed = f"K in {TRITON_KEY_DIMS} and V in {TRITON_VALUE_DIMS}"
+    if facts.arch is None or facts.arch < (8, 0):
+        return f"expected compute capability 8.0 or more, got {facts.arch}; use impl='auto'"
+    if facts.dtype not in TRITON_KEY_DIMS:
+        return f"expected q in {', '.join(TRITON_KEY_DIMS)}, got {facts.dtype}; use impl='auto'"
+    key_dims = TRITON_KEY_DIMS[facts.dtype]
+    if facts.key_dim not in key_dims or facts.value_dim not in TRITON_VALUE_DIMS:
+        allowed = f"K in {key_dims} and V in {TRITON_VALUE_DIMS}"
         return f"expected {allowed}, got K == {facts.key_dim} and V == {facts.value_dim}; use impl='auto'"
     return None
 
@@ -171,6 +171,8 @@ def _why_no_triton_rows(facts: OpFacts) -> str | None:
         return f"expected x in {', '.join(ROW_DTYPES)}, got {facts.dtype}; use impl='auto'"
     if facts.op == "short_conv":
         return None if facts.taps <= ROW_TAPS else f"expected W <= {ROW_TAPS} taps, got {facts.taps}; use impl='auto'"
+    if facts.op == "swiglu":
+        return None
     return None if facts.key_dim <= ROW_WIDTH else f"expected D <= {ROW_WIDTH}, got {facts.key_dim}; use impl='auto'"
 
 

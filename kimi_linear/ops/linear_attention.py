@@ -24,6 +24,9 @@ from kimi_linear.ops.validation import check_scalar_gate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+FORGIVING = 2.0**-40
+"""A correction strength that erases nothing: 2^-20 of what a key held, were it written a million times."""
+
 
 def chunk_gdn(
     q: Float[Tensor, "B T H K"],
@@ -112,7 +115,14 @@ def chunk_mamba2(
     No delta rule: what a key held before is added to, not corrected. Arguments, result and errors as ``chunk_gdn``.
     """
     check_scalar_gate(q, k, v, gate, None, initial_state, cu_seqlens)
-    if _choose("chunk_mamba2", q, v, (q, k, v, gate, initial_state), impl) == "torch":
+    chosen = _choose("chunk_mamba2", q, v, (q, k, v, gate, initial_state), impl)
+    if chosen == "triton":
+        # KDA writes beta (v - S k): at a tiny beta, and values as much larger, nothing is erased. Powers of two round nothing.
+        by_channel, beta = gate[..., None].expand(*gate.shape, q.shape[-1]), torch.full_like(gate, FORGIVING)
+        factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        large = v * (1 / FORGIVING)
+        return triton_chunk_kda(q, k, large, by_channel, beta, factor, normalize_qk, initial_state, cu_seqlens)
+    if chosen == "torch":
         from kimi_linear.kernels.torch.scalar_gate import chunk_mamba2 as run
     else:
         from kimi_linear.reference.mamba2 import chunk_mamba2 as run

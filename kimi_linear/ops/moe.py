@@ -6,7 +6,7 @@ experts but not in weighing them (the auxiliary-loss-free routing of DeepSeek-V3
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kimi_linear.ops.autocast import autocast_like_linear
+from kimi_linear.ops.dispatch import choose_impl, row_facts
+from kimi_linear.ops.library import define
 from kimi_linear.ops.validation import check_moe_experts, check_route, check_swiglu
 
 FEW_TOKENS = 2
@@ -76,8 +78,21 @@ def route(
 
 
 def swiglu(gate: Float[Tensor, "*shape I"], up: Float[Tensor, "*shape I"]) -> Float[Tensor, "*shape I"]:
-    """``silu(gate) * up``: the inside of a feed-forward layer, dense or expert."""
+    """``silu(gate) * up``: the inside of a feed-forward layer, dense or expert.
+
+    On a GPU, where a gradient is wanted, it is one kernel that rounds once, and silu(gate) is not kept. Differentiable, there once.
+
+    Args:
+        gate, up: [..., I], of one dtype. Slices of a fused projection are read where they lie.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape or device.
+    """
     check_swiglu(gate, up)
+    # Without a gradient it is a product like others: two launches of torch, which take the host less time than one of ours.
+    needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if needs_grad and choose_impl(row_facts("swiglu", gate)).impl == "triton":
+        return _SWIGLU(gate, up)
     return F.silu(gate) * up
 
 
@@ -190,3 +205,41 @@ class _Rows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (inverse,) = ctx.saved_tensors
         return grad[inverse].unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+# The operators.
+
+
+def _swiglu_forward(gate, up):
+    from kimi_linear.kernels.triton.swiglu import forward
+
+    return forward(gate, up)
+
+
+def _swiglu_backward(gate, up, dy):
+    from kimi_linear.kernels.triton.swiglu import backward
+
+    return backward(gate, up, dy)
+
+
+def _swiglu_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = ctx.saved_tensors
+    return _SWIGLU_BACKWARD(gate, up, dy)
+
+
+_SWIGLU = define(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    kernel=_swiglu_forward,
+    fake=lambda gate, up: gate.new_empty(gate.shape),
+    setup_context=_swiglu_save,
+    backward=_swiglu_gradients,
+)
+_SWIGLU_BACKWARD = define(
+    "swiglu_backward(Tensor gate, Tensor up, Tensor dy) -> (Tensor, Tensor)",
+    kernel=_swiglu_backward,
+    fake=lambda gate, up, dy: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+)

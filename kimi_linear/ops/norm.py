@@ -18,26 +18,33 @@ GateActivation: TypeAlias = Literal["sigmoid", "swish", "none"]
 
 
 def rms_norm(
-    x: Float[Tensor, "*shape D"], weight: Float[Tensor, "D"], eps: float, *, impl: Impl = "auto"
+    x: Float[Tensor, "*shape D"],
+    weight: Float[Tensor, "D"],
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
 ) -> Float[Tensor, "*shape D"]:
-    """``x * rsqrt(mean(x**2, -1) + eps) * weight``, computed in fp32 for 16-bit inputs and rounded once, in x's dtype.
+    """``x * rsqrt(mean(x**2, -1) + eps) * weight``, computed in fp32 for 16-bit inputs and rounded once.
 
     Args:
         x: [..., D], any floating dtype.
         weight: [D].
         eps: added to the mean of squares, >= 0.
+        dtype: of the result; x's where None. Another spares a pass over memory where only products read an fp32 stream.
         impl: which implementation; "auto" takes the fastest exact one.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, eps or implementation.
     """
-    check_rms_norm(x, weight, eps)
+    check_rms_norm(x, weight, eps, dtype)
     if choose_impl(row_facts("rms_norm", x), impl).impl == "triton":
-        return _RMS_NORM(x, weight, eps)
-    if weight.dtype == x.dtype:
+        return _RMS_NORM(x, weight, eps, dtype)
+    dtype = x.dtype if dtype is None else dtype
+    if weight.dtype == x.dtype == dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(dtype)
 
 
 def gated_rms_norm(
@@ -123,10 +130,10 @@ def _l2_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
     return _L2_NORMALIZE_BACKWARD(x, dy, ctx.eps), None
 
 
-def _rms_forward(x, weight, eps):
+def _rms_forward(x, weight, eps, dtype=None):
     from kimi_linear.kernels.triton.gated_rmsnorm import forward
 
-    return forward(x, None, weight, eps, "none")
+    return forward(x, None, weight, eps, "none", dtype=dtype)
 
 
 def _rms_backward(x, weight, dy, eps, need_weight):
@@ -137,7 +144,7 @@ def _rms_backward(x, weight, dy, eps, need_weight):
 
 
 def _rms_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
+    x, weight, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
@@ -145,7 +152,7 @@ def _rms_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_weight = ctx.needs_input_grad[1]
     dx, dweight = _RMS_NORM_BACKWARD(x, weight, dy, ctx.eps, need_weight)
-    return dx, dweight if need_weight else None, None
+    return dx, dweight if need_weight else None, None, None
 
 
 def _gated_forward(x, gate, weight, eps, activation):
@@ -172,9 +179,9 @@ def _gated_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dgate, dweight if need_weight else None, None, None
 
 
-def _dense(x: Tensor) -> Tensor:
+def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What every kernel here returns for an input like x: contiguous, whatever x's strides."""
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _weight_or_nothing(weight: Tensor, needed: bool) -> Tensor:
@@ -194,9 +201,9 @@ _L2_NORMALIZE_BACKWARD = define(
     fake=lambda x, dy, eps: _dense(x),
 )
 _RMS_NORM = define(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps, ScalarType? dtype=None) -> Tensor",
     kernel=_rms_forward,
-    fake=lambda x, weight, eps: _dense(x),
+    fake=lambda x, weight, eps, dtype=None: _dense(x, dtype),
     setup_context=_rms_save,
     backward=_rms_gradients,
 )

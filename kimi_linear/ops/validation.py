@@ -304,8 +304,10 @@ def check_l2_normalize(x: Tensor, eps: float) -> None:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
 
 
-def check_rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+def check_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> None:
     """All inputs of ``rms_norm``."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating dtype or None, got {dtype}")
     check_float("x", x)
     check_float("weight", weight)
     if x.ndim == 0:

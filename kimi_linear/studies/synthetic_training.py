@@ -354,12 +354,12 @@ def _round_once(model: KimiLinear) -> None:
     """Let the norms between stream and projections hand out bf16: autocast would round their result in each projection anew."""
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm) and not name.endswith("o_norm"):
-            module.register_forward_hook(lambda module, inputs, output: output.to(torch.bfloat16))
+            module.output_dtype = torch.bfloat16
 
 
 @contextmanager
 def _tf32(enabled: bool) -> Iterator[None]:
-    """Products of fp32 numbers on the matrix units meanwhile: Mamba-2's, which autocast leaves alone."""
+    """Products of fp32 numbers on the matrix units meanwhile: Mamba-2's in plain torch, which autocast leaves alone."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = enabled or before
     try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kimi_linear.ops import BoundedGate
 from kimi_linear.testing.factories import KDAInputs
 
 
@@ -34,3 +36,15 @@ def results(
     )
     back = {f"d {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
     return {"output": output.detach(), "final_state": state.detach()} | back
+
+
+def sizes_of_sums(inputs: KDAInputs, d_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the magnitudes of the terms that the gradients of A_log [HV] and dt_bias [HV, K] add up, which may cancel.
+
+    An error is to be judged by these where the sum itself is small. ``d_x`` [B, T, HV, K]: the gradient of the raw gate's x.
+    """
+    gate = inputs.gate
+    assert not isinstance(gate, Tensor)
+    z = gate.x + gate.dt_bias
+    of_A = d_x * (z if isinstance(gate, BoundedGate) else F.softplus(z) / z.sigmoid())
+    return of_A.abs().sum((0, 1, 3)).view_as(gate.A_log), d_x.abs().sum((0, 1)).view_as(gate.dt_bias)

@@ -10,13 +10,15 @@ from tests.kernels.launches import compiled_for
 pytest.importorskip("triton", reason="needs triton; pip install -c constraints.txt triton")
 tune_kda = pytest.importorskip("benchmarks.ops.tune_kda", reason="benchmarks are not installed with the package")
 
-CHUNK_KERNELS = ("prepare", "steep", "solve", "value_backward", "state_backward", "pair_backward", "steep_backward")
-ANCHORED = ("anchor", "anchored_backward", "token_backward")
+CHUNK_KERNELS = (
+    "prepare", "steep", "solve", "value_backward", "anchor", "anchored_backward", "tile_backward", "token_backward",
+    "steep_backward",
+)  # fmt: skip
 
 
 def test_candidates_are_entries_of_the_table() -> None:
     problems = tune_kda.problems()
-    assert {p.kernel for p in problems} == {f"kda_{name}" for name in CHUNK_KERNELS + ANCHORED}
+    assert {p.kernel for p in problems} == {f"kda_{name}" for name in CHUNK_KERNELS}
     for problem in problems:
         for classes in table()[problem.kernel].values():
             present = classes[problem.shape_class]

@@ -8,14 +8,13 @@ to the sum of the terms' magnitudes.
 
 import torch
 
-from kimi_linear.kernels.triton import chunk_kda
 from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward_to_train
 from kimi_linear.ops import chunk_kda as public
 from kimi_linear.testing.factories import GATE_KINDS, KDAInputs, kda_inputs
+from kimi_linear.testing.gradients import sizes_of_sums
 from kimi_linear.testing.tolerances import relative_error
 
 torch.set_num_threads(1)
-chunk_kda.NARROWEST = 0  # narrow heads take every path here, which is quickest
 torch.manual_seed(0)
 LAYOUTS = {
     "batch": {"batch": 2, "tokens": 40, "heads": 1, "v_heads": 2, "key_dim": 32},
@@ -48,14 +47,6 @@ def leaves(inputs: KDAInputs) -> list[torch.Tensor]:
     return [inputs.q, inputs.k, inputs.v, parts[0], inputs.beta, *parts[1:], inputs.initial_state]
 
 
-def sizes_of_sums(inputs: KDAInputs, d_decay: torch.Tensor, d_x: torch.Tensor) -> list[torch.Tensor]:
-    """Sums of the magnitudes of the terms that the gradients of A_log and dt_bias add up, which cancel."""
-    gate, decay = inputs.gate, inputs.log_decay
-    assert not isinstance(gate, torch.Tensor)
-    of_A = d_x * (gate.x + gate.dt_bias) if hasattr(gate, "lower_bound") else d_decay * decay
-    return [of_A.abs().sum((0, 1, 3)).view_as(gate.A_log), d_x.abs().sum((0, 1)).view_as(gate.dt_bias)]
-
-
 def main() -> None:
     for layout, arguments in LAYOUTS.items():
         for kind in GATE_KINDS:
@@ -63,17 +54,16 @@ def main() -> None:
                 inputs = kda_inputs(**arguments, gate=kind, raw=raw, normalized=False)
                 wide = inputs.to(torch.float64)
                 wanted = [x.requires_grad_() for x in leaves(wide)]
-                decay = wide.log_decay
                 exact = public(
-                    wide.q, wide.k, wide.v, decay, wide.beta, normalize_qk=True, initial_state=wide.initial_state,
+                    wide.q, wide.k, wide.v, wide.gate, wide.beta, normalize_qk=True, initial_state=wide.initial_state,
                     cu_seqlens=wide.cu_seqlens, impl="torch",
                 )  # fmt: skip
                 d_output, d_state = torch.randn_like(exact.output), torch.randn_like(exact.final_state)
                 weights = (d_output, d_state)
-                *true, d_decay = torch.autograd.grad((exact.output, exact.final_state), [*wanted, decay], weights)
+                true = torch.autograd.grad((exact.output, exact.final_state), wanted, weights)
                 sizes = list(true)
                 if raw:
-                    sizes[5:7] = sizes_of_sums(wide, d_decay, true[3])
+                    sizes[5:7] = sizes_of_sums(wide, true[3])
                 problem = problem_of(inputs)
                 output, state, saved = forward_to_train(problem)
                 gradients = backward(problem, saved, output, d_output.float(), d_state.float())

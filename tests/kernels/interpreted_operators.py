@@ -5,8 +5,11 @@ fake kernel and gradient registration of every operator by ``torch.library.opche
 its name, and the largest relative error or the verdict, tab-separated.
 """
 
+from unittest.mock import patch
+
 import torch
 
+from kimi_linear.ops import chunk_mamba2, linear_attention
 from kimi_linear.ops.chunk_kda_operator import BACKWARD, FORWARD, STATES, TRAIN
 from kimi_linear.ops.kda_states import chunk_kda_states
 from kimi_linear.testing.factories import KDAInputs, kda_inputs
@@ -48,6 +51,22 @@ for layout, (arguments, offsets) in LAYOUTS.items():
     show("value", f"{layout} states", relative_error(got[2][: len(offsets)], exact.states))
     if beyond:
         show("past the end", layout, bool(got[2][-1].isnan().all()))
+
+# Mamba-2 through the same kernels, where beta is 2^-40 and values are 2^40 times as large, at a gate that forgets within a token, too.
+for strength in (0.01, 20.0):
+    q, k, v = (torch.randn(1, 91, 1, 32) for _ in range(3))
+    gate, state = -strength * torch.rand(1, 91, 1), torch.randn(2, 1, 32, 32)
+    cu = torch.tensor([0, 30, 91], dtype=torch.int32)
+    outcomes = []
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, gate, state)]
+        with patch.object(linear_attention, "_choose", return_value=impl):
+            out = chunk_mamba2(*leaves[:4], normalize_qk=True, initial_state=leaves[4], cu_seqlens=cu)
+        sent = [torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y) for y in out]
+        outcomes.append([*out, *torch.autograd.grad(tuple(out), leaves, sent)])
+    names = ("output", "state", "dq", "dk", "dv", "dgate", "dstate")
+    for name, x, y in zip(names, *outcomes, strict=True):
+        show("mamba2", f"{strength} {name}", relative_error(x, y))
 
 small = {"key_dim": 32, "normalized": False}
 CASES = {

@@ -8,11 +8,13 @@ Prints one line per check: its kind, its name, and the largest relative error or
 from unittest.mock import patch
 
 import torch
-from pointwise_cases import Case, conv_case, norm_case, qkv_case, results
+from pointwise_cases import Case, conv_case, norm_case, qkv_case, results, swiglu_case
 
+import kimi_linear.ops.moe
 import kimi_linear.ops.norm
 import kimi_linear.ops.short_conv  # noqa: F401  (registers the operators)
 from kimi_linear.kernels.triton import configs
+from kimi_linear.kernels.triton.column_sum import column_sum
 from kimi_linear.testing.tolerances import relative_error
 
 torch.set_num_threads(1)
@@ -32,7 +34,8 @@ def value_cases() -> list[Case]:
     ]
     kinds = ("l2", "rms", "sigmoid", "swish")
     norms = [norm_case(ops, kind, 32, layout=layout) for kind in kinds for layout in ("dense", "slice", "heads")]
-    return convs + norms + [norm_case(ops, kind, 300, rows=(5,)) for kind in kinds]
+    products = [swiglu_case(ops, 40), swiglu_case(ops, 1500, rows=(2, 2)), swiglu_case(ops, 32, halves=False)]
+    return convs + norms + [norm_case(ops, kind, 300, rows=(5,)) for kind in kinds] + products
 
 
 def show(kind: str, name: str, value: object) -> None:
@@ -54,7 +57,20 @@ with patch.object(configs, "lookup", small_tiles):
         exact, got = results(case, case.formula, torch.float64), results(case, case.run)
         show("value", case.name, max(relative_error(got[name], exact[name]) for name in exact))
 
+    # More parts than one program walks through, and a bias's row beside those of the taps.
+    partial, target, last = torch.randn(29, 5, 40), torch.empty(40, 4), torch.empty(40)
+    column_sum(partial, target, last)
+    exact = partial.double().sum(0).T
+    show("value", "column_sum", relative_error(torch.cat([target, last[:, None]], 1), exact))
+
 x, weight, bias = torch.randn(2, 9, 24), torch.randn(24, 4), torch.randn(24)
+leaves, sent = [x.clone().requires_grad_(), bias.clone().requires_grad_()], torch.randn_like(x).bfloat16()
+narrow, wide = ops.rms_norm(*leaves, 1e-5, torch.bfloat16), ops.rms_norm(*leaves, 1e-5)
+gradients = [torch.autograd.grad(y, leaves, sent.to(y.dtype)) for y in (narrow, wide)]
+# The interpreter cuts bits off where a GPU rounds.
+show("narrow", "output", narrow.dtype == torch.bfloat16 and torch.allclose(narrow.float(), wide, rtol=2**-7, atol=0))
+show("narrow", "gradients", all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)))
+
 cu, state, final = torch.tensor([0, 0, 5, 9], dtype=torch.int32), torch.randn(2, 24, 3), torch.randn(2, 24, 3)
 thirds, taps = x.split(8, dim=-1), weight.split(8)
 CHECKS = {
@@ -65,8 +81,10 @@ CHECKS = {
     "l2_normalize": (x, 1e-6),
     "l2_normalize_backward": (x, x, 1e-6),
     "rms_norm": (x, bias, 1e-5),
-    "rms_norm_backward": (x, bias, x, 1e-5, True),
+    "rms_norm_backward": (x, bias, x.bfloat16(), 1e-5, True),
     "gated_rms_norm": (x, x + 1, bias, 1e-5, "swish"),
+    "swiglu": (x, x + 1),
+    "swiglu_backward": (x, x + 1, x),
     "gated_rms_norm_backward": (x, x, bias, x, 1e-5, "sigmoid", False),
 }
 for name, arguments in CHECKS.items():
@@ -74,6 +92,8 @@ for name, arguments in CHECKS.items():
     leaves = tuple(a.clone().requires_grad_(wanted) if isinstance(a, torch.Tensor) else a for a in arguments)
     verdict = torch.library.opcheck(getattr(ops, name).default, leaves, raise_exception=False)
     show("opcheck", name, all(v == "SUCCESS" for v in verdict.values()) or verdict)
+cast = (x.clone().requires_grad_(), bias.clone().requires_grad_(), 1e-5, torch.bfloat16)
+show("opcheck", "rms_norm cast", set(torch.library.opcheck(ops.rms_norm.default, cast).values()) == {"SUCCESS"})
 packed = (x[:1].clone().requires_grad_(), weight.clone().requires_grad_(), None, None, cu, True)
 show("opcheck", "short_conv packed", set(torch.library.opcheck(ops.short_conv.default, packed).values()) == {"SUCCESS"})
 

@@ -145,6 +145,27 @@ def norm_case(
     return Case(f"{kind} {width} {layout}", leaves, run, formula)
 
 
+def swiglu_case(
+    ops: Any, width: int, *, rows: tuple[int, ...] = (3, 7), halves: bool = True,
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
+) -> Case:  # fmt: skip
+    """``ops.swiglu`` of two tensors, or of the halves of one."""
+    made = maker(dtype, device)
+    leaves = {"x": made(*rows, 2 * width)} if halves else {"gate": made(*rows, width), "up": made(*rows, width)}
+
+    def parts(leaf: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return leaf["x"].chunk(2, dim=-1) if halves else (leaf["gate"], leaf["up"])
+
+    def run(leaf: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return (ops.swiglu(*parts(leaf)),)
+
+    def formula(leaf: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        gate, up = parts(leaf)
+        return (F.silu(gate) * up,)
+
+    return Case(f"swiglu {width}{' halves' if halves else ''}", leaves, run, formula)
+
+
 def maker(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
     """Random tensors, the same on every device."""
     random = torch.Generator().manual_seed(0)

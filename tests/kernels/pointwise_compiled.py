@@ -24,6 +24,7 @@ CHECKS = {
     "short_conv_qkv": (*(made(1, 9, 32) for _ in range(3)), *(made(32, 4) for _ in range(3)), None, cu, True),
     "l2_normalize": (x, 1e-6),
     "rms_norm": (x, bias, 1e-5),
+    "swiglu": (x, made(2, 9, 96)),
     "gated_rms_norm": (x, made(2, 9, 96), bias, 1e-5, "swish"),
 }
 for name, arguments in CHECKS.items():

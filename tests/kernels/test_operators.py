@@ -25,9 +25,9 @@ def test_states_and_registrations() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert sorted(kind for kind, _, _ in lines) == ["opcheck"] * 8 + ["past the end"] + ["value"] * 6
+    assert sorted(kind for kind, _, _ in lines) == ["mamba2"] * 14 + ["opcheck"] * 8 + ["past the end"] + ["value"] * 6
     for kind, name, found in lines:
-        if kind == "value":
-            assert float(found) < 1e-5, name  # fp32 rounding, a digit over what is seen
+        if kind in ("value", "mamba2"):
+            assert float(found) < 2e-5, name  # fp32 rounding, some times what is seen
         else:
             assert found == "True", (kind, name)

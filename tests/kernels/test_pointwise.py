@@ -37,14 +37,19 @@ def interpreted() -> dict[str, dict[str, str]]:
 def test_interpreted_values_and_gradients() -> None:
     """fp32, where the only errors are rounding: 1e-6 is eight roundings, and what is seen is two."""
     errors = interpreted()["value"]
-    assert len(errors) == 24
+    assert len(errors) == 28
     assert {name: error for name, error in errors.items() if not float(error) < 1e-6} == {}
+
+
+def test_a_norm_hands_out_another_dtype() -> None:
+    """The gradients are those of a cast after it, bit for bit."""
+    assert interpreted()["narrow"] == {"output": "True", "gradients": "True"}
 
 
 def test_operators_keep_torchs_rules() -> None:
     """Schema, fake kernel, gradient registration, and tracing with dynamic shapes, of every operator."""
     verdicts = interpreted()["opcheck"]
-    assert len(verdicts) == 11
+    assert len(verdicts) == 14
     assert {name: verdict for name, verdict in verdicts.items() if verdict != "True"} == {}
 
 
@@ -78,14 +83,16 @@ def launch_convolutions(dtype: torch.dtype, taps: int, *, simple: bool) -> None:
 
 
 def launch_norms(dtype: torch.dtype, width: int) -> None:
-    """The most that a variant holds: swish."""
-    from kimi_linear.kernels.triton import gated_rmsnorm, l2norm
+    """The most that a variant holds, swish; and the product of a feed-forward."""
+    from kimi_linear.kernels.triton import gated_rmsnorm, l2norm, swiglu
 
     x, weight = torch.zeros(8, width, dtype=dtype), torch.zeros(width)
     l2norm.forward(x, 1e-6)
     l2norm.backward(x, x, 1e-6)
     gated_rmsnorm.forward(x, x, weight, 1e-5, "swish")
     gated_rmsnorm.backward(x, x, weight, x, 1e-5, "swish", True)
+    swiglu.forward(x, x)
+    swiglu.backward(x, x, x)
 
 
 def check(launches: list[Launch], arch: int) -> None:
@@ -170,11 +177,10 @@ def test_choice(op: str) -> None:
         "expected x in bfloat16, float16, float32, got float64": {"dtype": "float64"},
         "expected triton to be installed": {"has_triton": False},
     }
-    refusals |= (
-        {"expected W <= 8 taps, got 9": {"taps": 9}}
-        if op == "short_conv"
-        else {"expected D <= 8192, got 8193": {"key_dim": 8193}}
-    )
+    if op == "short_conv":
+        refusals["expected W <= 8 taps, got 9"] = {"taps": 9}
+    elif op != "swiglu":
+        refusals["expected D <= 8192, got 8193"] = {"key_dim": 8193}
     for message, changes in refusals.items():
         assert choose_impl(facts(op, **changes)).impl == "torch"
         with pytest.raises(ValueError, match=f"impl: {op} with 'triton' {message}.*use impl='auto'"):

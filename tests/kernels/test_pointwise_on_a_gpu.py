@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_linear.ops import gated_rms_norm, l2_normalize, rms_norm, short_conv, short_conv_qkv
-from kimi_linear.testing.tolerances import assert_close_to_reference
+from kimi_linear.ops import gated_rms_norm, l2_normalize, rms_norm, short_conv, short_conv_qkv, swiglu
+from kimi_linear.testing.tolerances import assert_close_to_reference, relative_error
 
-from .pointwise_cases import LENGTHS, Case, conv_case, norm_case, qkv_case, results
+from .pointwise_cases import LENGTHS, Case, conv_case, norm_case, qkv_case, results, swiglu_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]
 
@@ -38,6 +38,7 @@ def convolve_qkv(q, k, v, q_weight, k_weight, v_weight, state, cu, silu) -> tupl
 OPS = SimpleNamespace(
     short_conv=convolve,
     short_conv_qkv=convolve_qkv,
+    swiglu=swiglu,
     l2_normalize=lambda x, eps: l2_normalize(x, eps, impl="triton"),
     rms_norm=lambda x, weight, eps: rms_norm(x, weight, eps, impl="triton"),
     gated_rms_norm=lambda x, gate, weight, eps, kind: gated_rms_norm(x, gate, weight, eps, kind, impl="triton"),
@@ -82,6 +83,26 @@ def test_norms(kind: str, dtype: torch.dtype) -> None:
         judge(norm_case(OPS, kind, width, layout="dense", rows=(5, 3), dtype=dtype, device="cuda"))
     for layout in ("dense", "slice", "heads"):
         judge(norm_case(OPS, kind, 128, layout=layout, rows=(2, 1000, 3), dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_product_of_a_feed_forward(halves: bool, dtype: torch.dtype) -> None:
+    for width in (1, 40, 512, 1408, 9216):
+        judge(swiglu_case(OPS, width, rows=(5, 301), halves=halves, dtype=dtype, device="cuda"))
+
+
+def test_a_norm_rounds_as_a_cast_after_it_would() -> None:
+    """But for sums in another order. More rows than one program of the second stage walks through."""
+    x, weight = (torch.randn(n, 256, device="cuda").squeeze(0).requires_grad_() for n in (20000, 1))
+    sent = torch.randn_like(x).bfloat16()
+    narrow, wide = (rms_norm(x, weight, 1e-5, dtype=dtype, impl="triton") for dtype in (torch.bfloat16, None))
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow != wide.bfloat16()).float().mean() < 1e-3
+    assert relative_error(narrow, wide) < 2**-8
+    gradients = [torch.autograd.grad(y, (x, weight), sent.to(y.dtype)) for y in (narrow, wide)]
+    for a, b in zip(*gradients, strict=True):
+        assert relative_error(a, b) < 1e-6
 
 
 def test_a_sequence_alone_is_bitwise_the_same_as_packed() -> None:
@@ -189,5 +210,5 @@ def test_operators_keep_torchs_rules_and_compile_to_one_graph() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     verdicts = dict(line.split("\t") for line in done.stdout.splitlines())
-    assert len(verdicts) == 9
+    assert len(verdicts) == 10
     assert {name: verdict for name, verdict in verdicts.items() if verdict != "True"} == {}

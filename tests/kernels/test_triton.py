@@ -30,9 +30,10 @@ def interpreted(script: str) -> list[list[str]]:
 INPUTS = ("output", "state", "q", "k", "v", "gate", "beta", "A_log", "dt_bias", "initial_state")
 ROUNDING = 1e-5
 """Relative error in fp32, where nothing but rounding is left."""
-CANCELS = {"gate": 5e-5, "A_log": 1e-4, "dt_bias": 1e-4}
+CANCELS = {"gate": 1e-4, "A_log": 1e-4, "dt_bias": 2e-4}
 """At the strong gates: a step that forgets everything has a gradient of almost nothing, left of sums that cancel, and those are
-as large as the quiet steps around it make them. The gate's derivative then favours the strong steps over the quiet ones."""
+as large as the quiet steps around it make them. The gate's derivative then favours the strong steps over the quiet ones. And a
+running log-decay of -766 is known to 2^-15."""
 
 
 def test_interpreted_at_every_gate_and_layout() -> None:
@@ -43,7 +44,7 @@ def test_interpreted_at_every_gate_and_layout() -> None:
         _, gate, kind = name.split(",")
         names = INPUTS if kind == "raw" else [name for name in INPUTS if name not in ("A_log", "dt_bias")]
         for of, error in zip(names, errors, strict=True):
-            limit = CANCELS.get(of, ROUNDING) if gate in ("fast", "stress", "mixed") and kind == "raw" else ROUNDING
+            limit = CANCELS.get(of, ROUNDING) if gate in ("fast", "stress", "mixed") else ROUNDING
             assert float(error) < limit, (name, of, error)
 
 
@@ -81,11 +82,13 @@ def test_channels_that_one_anchor_does_not_serve() -> None:
         assert gradients < ROUNDING, (name, gradients)
 
 
-def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 200) -> list[Launch]:
-    """Every kernel of both directions for packed sequences, a raw gate and the norm, in bf16."""
+def launched(
+    arch: int, key_dim: int, value_dim: int, tokens: int = 200, inputs: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """Every kernel of both directions for packed sequences, a raw gate and the norm."""
     from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward_to_train
 
-    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def made(*shape: int, dtype: torch.dtype = inputs) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     wide = torch.float32
@@ -101,10 +104,9 @@ def launched(arch: int, key_dim: int, value_dim: int, tokens: int = 200) -> list
     return launches
 
 
-ANCHORED = {"anchor_kernel", "anchored_backward_kernel", "token_backward_kernel"}
-CHUNK_KERNELS = ANCHORED | {
-    "prepare_kernel", "steep_kernel", "solve_kernel", "value_backward_kernel", "state_backward_kernel", "pair_backward_kernel",
-    "steep_backward_kernel",
+CHUNK_KERNELS = {
+    "prepare_kernel", "steep_kernel", "solve_kernel", "value_backward_kernel", "anchor_kernel", "anchored_backward_kernel",
+    "tile_backward_kernel", "token_backward_kernel", "steep_backward_kernel",
 }  # fmt: skip
 
 
@@ -114,13 +116,13 @@ CHUNK_KERNELS = ANCHORED | {
 def test_compiles_within_bounds(key_dim: int, value_dim: int, arch: int) -> None:
     """Every bf16 configuration of the table: no more shared memory than there is, spills only where they were timed."""
     launches = [launch for launch in launched(arch, key_dim, value_dim) if launch.kernel in CHUNK_KERNELS]
-    assert {launch.kernel for launch in launches} == CHUNK_KERNELS - (ANCHORED if key_dim < 64 else set())
+    assert {launch.kernel for launch in launches} == CHUNK_KERNELS
     for launch in launches:
         assert launch.shared <= SHARED_LIMIT[arch], launch
         assert launch.stack <= SPILLED.get(launch.kernel, 0), launch
 
 
-SPILLED = {"pair_backward_kernel": 288, "value_backward_kernel": 8, "anchored_backward_kernel": 64}
+SPILLED = {"tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 64}
 """Bytes a thread, where what spills nothing was slower on an H200: see docs/LOG.md."""
 
 

@@ -124,12 +124,15 @@ def test_the_choice_is_a_pure_function_of_facts() -> None:
         needs_grad=False,
     )  # fmt: skip
     assert choose_impl(hopper).impl == "triton"
+    for served in ({"arch": (8, 6)}, {"dtype": "float32"}, {"key_dim": 256, "value_dim": 256}, {"needs_grad": True}):
+        assert choose_impl(dataclasses.replace(hopper, **served)).impl == "triton"
     assert choose_impl(hopper, "reference").impl == "reference"
     obstacles = {
-        "expected compute capability 9.0 or more": {"arch": (8, 0)},
+        "expected compute capability 8.0 or more": {"arch": (7, 5)},
         "expected CUDA tensors, got cpu": {"device": "cpu", "arch": None},
-        "expected q in bfloat16, got float32": {"dtype": "float32"},
-        r"expected K in \(32, 64, 128\) and V in .*, got K == 96 and V == 128": {"key_dim": 96},
+        "expected q in bfloat16, float32, got float16": {"dtype": "float16"},
+        r"expected K in \(32, 64, 128, 256\) and V in .*, got K == 96 and V == 128": {"key_dim": 96},
+        r"expected K in \(32, 64, 128\) and V in .*, got K == 256 and V == 128": {"key_dim": 256, "dtype": "float32"},
     }
     for message, change in obstacles.items():
         facts = dataclasses.replace(hopper, **change)

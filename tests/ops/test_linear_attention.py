@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_linear.ops import KDAOutput, chunk_gdn, chunk_mamba2, l2_normalize, recurrent_gdn, recurrent_mamba2
+from kimi_linear.ops import (
+    KDAOutput,
+    chunk_gdn,
+    chunk_kda,
+    chunk_mamba2,
+    l2_normalize,
+    recurrent_gdn,
+    recurrent_mamba2,
+)
+from kimi_linear.ops.linear_attention import FORGIVING
 from kimi_linear.testing.tolerances import assert_close, assert_close_to_reference
 
 OPS: dict[str, Callable[..., KDAOutput]] = {
@@ -224,6 +233,43 @@ def test_an_empty_sequence_beside_equal_ones_hands_its_state_through() -> None:
         alone = chunk_mamba2(*(x[:, start:stop] for x in inputs), initial_state=state[n : n + 1], impl="torch")
         assert_close(packed.output[:, start:stop], alone.output, f"output of {n}")
         assert_close(packed.final_state[n], alone.final_state[0], f"final_state of {n}")
+
+
+@pytest.mark.parametrize("gate", ["init", "stress"])
+def test_mamba2_is_kda_that_erases_next_to_nothing(gate: str) -> None:
+    """What its Triton implementation rests on, in fp64: output, state and gradients."""
+    (q, k, v, g), state = make("chunk_mamba2", batch=1, tokens=150, gate=gate)
+    leaves = [x.requires_grad_() for x in (q, l2_normalize(k), v, g, state)]
+    q, k, v, g, state = leaves
+    expected = chunk_mamba2(q, k, v, g, initial_state=state, impl="torch")
+    by_channel = g[..., None].expand(*g.shape, q.shape[-1])
+    got = chunk_kda(q, k, v / FORGIVING, by_channel, torch.full_like(g, FORGIVING), initial_state=state, impl="torch")
+    sent = [torch.randn_like(x) for x in expected]
+    gradients = [torch.autograd.grad(tuple(out), leaves, sent) for out in (got, expected)]
+    for name, x, y in zip(("output", "state", "dq", "dk", "dv", "dg", "dstate"), (*got, *gradients[0]), (*expected, *gradients[1]), strict=True):  # fmt: skip
+        assert_close(x, y, name, tolerance=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 65, 300])
+def test_mamba2_through_the_kernels_of_kda_on_a_gpu(tokens: int) -> None:
+    """Output, state and gradients within the rounding of bf16 inputs, against the recurrence in fp64."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    shape = (2, tokens, 2, 64)
+    q, k, v = (torch.randn(shape, generator=draw, device="cuda").bfloat16() for _ in range(3))
+    g = -torch.rand(shape[:3], generator=draw, device="cuda")
+    given = [x.requires_grad_() for x in (q, k, v, g)]
+    wide = [x.detach().double().requires_grad_() for x in given]
+    expected = recurrence(wide[0], l2_normalize(wide[1]), *wide[2:], None, torch.zeros(2, 2, 64, 64, device="cuda").double())  # fmt: skip
+    out = chunk_mamba2(q, l2_normalize(k), v, g, impl="triton")
+    weights = torch.randn(shape, generator=draw, device="cuda").double()
+    ours = torch.autograd.grad((out.output.double() * weights).sum(), given)
+    exact = torch.autograd.grad((expected[0] * weights).sum(), wide)
+    for name, x, y in zip(
+        ("output", "final_state", "dq", "dk", "dv", "dg"), (*out, *ours), (*expected, *exact), strict=True
+    ):
+        error = (x.double() - y).norm() / y.norm().clamp(min=1e-9)
+        assert error < 1.5e-2, f"{name}: {error:.2e}"
 
 
 @pytest.mark.gpu

@@ -51,6 +51,17 @@ def test_low_precision_is_as_exact_as_fp32_rounded_once(dtype: torch.dtype, weig
         assert_close_to_reference(got, exact, plain, name, factor=1.05 if dtype == torch.bfloat16 else 2.0)
 
 
+def test_a_norm_rounds_as_a_cast_after_it_would() -> None:
+    x, weight, sent = torch.randn(64, 128), 1 + 0.1 * torch.randn(128), torch.randn(64, 128).bfloat16()
+    leaves = (x.requires_grad_(), weight.requires_grad_())
+    narrow, wide = rms_norm(*leaves, EPS, dtype=torch.bfloat16), rms_norm(*leaves, EPS)
+    assert torch.equal(narrow, wide.bfloat16())
+    gradients = [torch.autograd.grad(y, leaves, sent.to(y.dtype)) for y in (narrow, wide)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    with pytest.raises(TypeError, match=r"dtype: expected a floating dtype or None, got torch\.int32"):
+        rms_norm(*leaves, EPS, dtype=torch.int32)
+
+
 def test_large_values_do_not_overflow_the_variance() -> None:
     x = torch.full((1, 8), 300.0, dtype=torch.float16)  # 300**2 is above fp16's 65504
     torch.testing.assert_close(rms_norm(x, torch.ones(8, dtype=torch.float16), EPS), torch.ones_like(x))

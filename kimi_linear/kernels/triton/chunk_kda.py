@@ -1,10 +1,11 @@
 """Kimi Delta Attention in parallel chunks, forward and backward: which kernels run, on which buffers, for how long.
 
     forward     prepare, steep, solve (all chunks at once) -> scan (chunk after chunk)
-    backward    scan_backward                         d_u' and the gradient of every chunk's state
-                value_backward                        all chunks at once, and so on
-                anchor, anchored_backward, token_backward       chunks that one anchor serves
-                state_backward, pair_backward, steep            those that forget more
+    backward    scan_backward                                   d_u' and the gradient of every chunk's state
+                value_backward                                  all chunks at once, and so on
+                anchor                                          q and k with the gate in them
+                anchored_backward, tile_backward, steep         products: of chunks that one anchor serves, of the others
+                token_backward                                  back through the norm and the gate
 
 Raw gate, l2 norm and beta go in as they are; no fp32 gate tensor is made. Exact at every gate. What is kept between the two
 passes: saved.py.
@@ -24,15 +25,14 @@ from kimi_linear.kernels.triton.anchor import anchor_kernel
 from kimi_linear.kernels.triton.anchored_backward import anchored_backward_kernel
 from kimi_linear.kernels.triton.common import stretches
 from kimi_linear.kernels.triton.configs import config_of
-from kimi_linear.kernels.triton.pair_backward import pair_backward_kernel
 from kimi_linear.kernels.triton.prepare import prepare_kernel
 from kimi_linear.kernels.triton.saved import CHUNK, Saved, count_chunks
 from kimi_linear.kernels.triton.scan import ScanResult, scan
 from kimi_linear.kernels.triton.scan_backward import scan_backward
 from kimi_linear.kernels.triton.segments import precision_of, shape_class
 from kimi_linear.kernels.triton.solve import solve_kernel
-from kimi_linear.kernels.triton.state_backward import state_backward_kernel
 from kimi_linear.kernels.triton.steep import steep_backward_kernel, steep_kernel
+from kimi_linear.kernels.triton.tile_backward import tile_backward_kernel
 from kimi_linear.kernels.triton.token_backward import token_backward_kernel
 from kimi_linear.kernels.triton.value_backward import value_backward_kernel
 
@@ -157,8 +157,8 @@ def backward(
     of_pairs = _value_backward(problem, layout, saved.inverse, saved.written, d_right, output, d_output, dv)
     keys = _KeyGradients(problem, layout)
     if layout.chunks:
-        served = _anchored_backward(problem, layout, saved, of_pairs, d_right, d_states, d_output, keys)
-        _pair_backward(problem, layout, saved, of_pairs, d_right, d_states, d_output, served, keys)
+        _anchored_backward(problem, layout, saved, of_pairs, d_right, d_states, d_output, keys)
+        _steep_backward(problem, layout, saved, of_pairs, keys)
     return keys.gradients(dv, d_initial)
 
 
@@ -248,12 +248,12 @@ def _value_backward(
 
 
 class _KeyGradients:
-    """Where the gradients go that live in the key dim, partial sums of two paths among them, which share out the chunks."""
+    """Where the gradients go that live in the key dim, partial sums of all tiles and of what steep ones add among them."""
 
     def __init__(self, problem: Problem, layout: _Layout) -> None:
         q, gate, (batch, tokens, heads, key_dim), v_heads = problem.q, problem.gate, problem.q.shape, problem.v.shape[2]
         self.problem = problem
-        self.block = min(config_of("kda_pair_backward", q, shape_class(key_dim, q.dtype))["BK"], key_dim)
+        self.block = min(config_of("kda_steep_backward", q, shape_class(key_dim, q.dtype))["BK"], key_dim)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=q.device)
@@ -281,17 +281,15 @@ class _KeyGradients:
         return Gradients(dq, dk, dv, self.gate, self.beta.sum(0).to(p.beta.dtype), d_A, d_bias, d_initial)
 
 
-NARROWEST = 64
-"""Key channels: products with 32 columns came out wrong in anchored_backward.py on an H100 (Triton 3.6.0)."""
-AT_ONCE = 2048
+AT_ONCE = 4096
 """Chunks times heads of which anchor.py's tensors are kept: enough for every processor, small beside what a forward leaves."""
 
 
 def _anchored_backward(
     problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor, Tensor], d_right: Tensor,
     d_states: Tensor, d_output: Tensor, results: _KeyGradients,
-) -> Tensor:  # fmt: skip
-    """``served`` [chunks, HV], 0 or 1; the gradients of all chunks where it is 1."""
+) -> None:  # fmt: skip
+    """The gradients in the key dim, but for pairs inside steep tiles."""
     q, k, gate, beta, (tokens, heads, key_dim), (v_heads, value_dim) = (
         problem.q, problem.k, problem.gate, problem.beta, problem.q.shape[1:], problem.v.shape[2:],
     )  # fmt: skip
@@ -301,75 +299,62 @@ def _anchored_backward(
         problem.cu_seqlens is not None,
         problem.lower_bound or 0.0,
     )
-    anchor, anchored, token = (
-        config_of(f"kda_{name}", q, shape) for name in ("anchor", "anchored_backward", "token_backward")
+    anchor, anchored, tile, token = (
+        config_of(f"kda_{name}", q, shape)
+        for name in ("anchor", "anchored_backward", "tile_backward", "token_backward")
     )
-    block = min(anchored["BK"], key_dim)
     given = (q, k, gate, beta, problem.A_log, problem.dt_bias)
     strides = (q.stride(1), k.stride(1), gate.stride(1), beta.stride(1))
-    served = torch.zeros(layout.chunks, v_heads, dtype=torch.int32, device=q.device)
-    if key_dim < NARROWEST:
-        return served
+    served = torch.empty(layout.chunks, v_heads, dtype=torch.int32, device=q.device)
     at_once = min(layout.chunks, max(1, AT_ONCE // v_heads))
     late_q, late_k, early = (
         torch.empty(at_once, v_heads, CHUNK, key_dim, dtype=q.dtype, device=q.device) for _ in range(3)
     )
+    factors = torch.empty(at_once, v_heads, 7, 4, key_dim, dtype=torch.float32, device=q.device)
     place = (problem.cu_seqlens, layout.cu_chunks)
     for first in range(0, layout.chunks, at_once):
         chunks = min(at_once, layout.chunks - first)
         anchor_kernel[(4 * chunks, v_heads)](
-            *given, *place, saved.totals, saved.flags, saved.norms, served, late_q, late_k, early, lower_bound,
-            layout.sequences, tokens, first, *strides, heads, v_heads, key_dim, layout.kind, packed, layout.dot,
+            *given, *place, saved.anchors, saved.totals, saved.flags, saved.norms, served, late_q, late_k, early, factors,
+            lower_bound, layout.sequences, tokens, first, *strides, heads, v_heads, key_dim, layout.kind, packed, layout.dot,
             num_warps=anchor.num_warps, num_stages=anchor.num_stages,
         )  # fmt: skip
-        anchored_backward_kernel[(chunks * (key_dim // block), v_heads)](
-            saved.states, d_states, saved.written, d_right, d_output, d_keys, d_pairs, scales, saved.totals, served,
-            stretches(q.device), *place, late_q, late_k, early, results.gate, layout.sequences, tokens, first, v_heads,
-            key_dim, value_dim, block, min(anchored["BV"], value_dim), packed, layout.dot, layout.precision,
-            num_warps=anchored.num_warps, num_stages=anchored.num_stages,
+        products = (saved.states, d_states, saved.written, d_right, d_output, d_keys, d_pairs, scales)
+        found = (late_q, late_k, early, results.q, results.k, results.gate, layout.sequences, tokens, first)
+        anchored_backward_kernel[(chunks * -(-key_dim // anchored["BK"]), v_heads)](
+            *products, saved.totals, served, stretches(q.device), *place, *found, v_heads, key_dim, value_dim, anchored["BK"],
+            min(anchored["BV"], value_dim), packed, layout.dot, layout.precision, num_warps=anchored.num_warps,
+            num_stages=anchored.num_stages,
+        )  # fmt: skip
+        tile_backward_kernel[(chunks * -(-key_dim // tile["BK"]), v_heads)](
+            *products, saved.decay, saved.totals, served, factors, stretches(q.device), *place, *found, v_heads, key_dim,
+            value_dim, tile["BK"], min(tile["BV"], value_dim), packed, layout.dot, layout.precision,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         token_backward_kernel[(4 * chunks, v_heads)](
-            *given, *place, saved.totals, saved.norms, sums, scales, served, late_q, late_k, early, results.q, results.k,
+            *given, *place, saved.anchors, saved.totals, saved.norms, sums, scales, served, early, results.q, results.k,
             results.gate, results.beta, *results.of_tiles, problem.scale, lower_bound, layout.sequences, tokens, first,
             *strides, heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
             num_warps=token.num_warps, num_stages=token.num_stages,
         )  # fmt: skip
-    return served
 
 
-def _pair_backward(
-    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor, Tensor], d_right: Tensor,
-    d_states: Tensor, d_output: Tensor, served: Tensor, results: _KeyGradients,
+def _steep_backward(
+    problem: Problem, layout: _Layout, saved: Saved, of_pairs: tuple[Tensor, Tensor, Tensor, Tensor],
+    results: _KeyGradients,
 ) -> None:  # fmt: skip
-    """The gradients of the other chunks."""
-    q, k, gate, beta, (batch, tokens, heads, key_dim), (v_heads, value_dim) = (
-        problem.q, problem.k, problem.gate, problem.beta, problem.q.shape, problem.v.shape[2:],
+    """The gradients of pairs inside steep tiles, added to the others."""
+    q, k, gate, beta, (batch, tokens, heads, key_dim), v_heads = (
+        problem.q, problem.k, problem.gate, problem.beta, problem.q.shape, problem.v.shape[2],
     )  # fmt: skip
-    chunks, shape, packed = layout.chunks, shape_class(key_dim, q.dtype), problem.cu_seqlens is not None
-    of_state, pair, steep = (
-        config_of(f"kda_{name}", q, shape) for name in ("state_backward", "pair_backward", "steep_backward")
-    )
-    block, slices, lower_bound = min(of_state["BK"], key_dim), key_dim // results.block, problem.lower_bound or 0.0
-    place = (problem.cu_seqlens, layout.cu_chunks)
-    d_decay = torch.empty(chunks, v_heads, key_dim, dtype=torch.float32, device=q.device)
-    state_backward_kernel[(chunks * (key_dim // block), v_heads)](
-        saved.states, d_states, saved.written, d_right, d_output, served, *place, results.q, results.k, results.gate,
-        d_decay, layout.sequences, tokens, v_heads, key_dim, value_dim, block, min(of_state["BV"], value_dim), packed,
-        layout.dot, layout.precision, num_warps=of_state.num_warps, num_stages=of_state.num_stages,
-    )  # fmt: skip
-    given = (q, k, gate, beta, problem.A_log, problem.dt_bias, *place)
-    found = (results.q, results.k, results.gate, results.beta, *results.of_chunks)
-    strides = (q.stride(1), k.stride(1), gate.stride(1), beta.stride(1))
-    pair_backward_kernel[(chunks * slices, v_heads)](
-        *given, stretches(q.device), saved.anchors, saved.totals, saved.norms, *of_pairs, d_decay, served, *found,
-        problem.scale, lower_bound, layout.sequences, tokens, batch * tokens, *strides, heads, v_heads, key_dim,
-        results.block, layout.kind, problem.normalize, packed, layout.dot, layout.precision,
-        num_warps=pair.num_warps, num_stages=pair.num_stages,
-    )  # fmt: skip
-    steep_backward_kernel[(chunks * slices, v_heads)](
-        *given, saved.anchors, saved.flags, saved.norms, *of_pairs[:2], of_pairs[3], *found, lower_bound, layout.sequences, tokens,
-        batch * tokens, *strides, heads, v_heads, key_dim, results.block, layout.kind, packed, layout.dot,
-        num_warps=steep.num_warps, num_stages=steep.num_stages,
+    config, slices = config_of("kda_steep_backward", q, shape_class(key_dim, q.dtype)), key_dim // results.block
+    d_keys, d_pairs, _, scales = of_pairs
+    steep_backward_kernel[(layout.chunks * slices, v_heads)](
+        q, k, gate, beta, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, saved.anchors, saved.flags,
+        saved.norms, d_keys, d_pairs, scales, results.q, results.k, results.gate, results.beta, *results.of_chunks,
+        problem.lower_bound or 0.0, layout.sequences, tokens, batch * tokens, q.stride(1), k.stride(1), gate.stride(1),
+        beta.stride(1), heads, v_heads, key_dim, results.block, layout.kind, problem.cu_seqlens is not None, layout.dot,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

@@ -18,6 +18,9 @@ from kimi_linear.kernels.triton.saved import CHUNK
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_RANGE = tl.constexpr(120.0)  # 2^120 times a product of normalized rows stays finite in fp32 and bf16
 DEEPEST = tl.constexpr(110.0)  # of an anchor: 2^-110 times what is above 2^-16 is no denormal yet
+# In fp32 neither must the last of the three tf32 terms that it is multiplied as be a denormal, 2^-22 of the whole.
+MAX_RANGE_FP32 = tl.constexpr(80.0)
+DEEPEST_FP32 = tl.constexpr(70.0)
 FAR = tl.constexpr(40.0)  # 2^-24 is fp32's rounding
 STEEP = tl.constexpr(1.0)  # in place of an anchor, which is never above 0
 G = tl.constexpr(16)

@@ -6,7 +6,7 @@
 A program owns whole rows in registers; r is made again in the backward from the x that it has to read anyway, and nothing
 but the inputs is saved. Backward programs walk over blocks of BR rows and keep dw in registers: ``partial`` [programs, D]
 fp32 is summed in a fixed order by ``column_sum``. The gate is 0 none, 1 sigmoid, 2 swish.
-Grid (row blocks), backward (programs). Inputs may be strided rows (``rows_of``); outputs are dense.
+Grid (row blocks), backward (programs). Inputs may be strided rows (``rows_of``); outputs are dense. y and dy may be of another dtype than x.
 """
 
 from __future__ import annotations
@@ -86,12 +86,13 @@ def backward_kernel(
 
 
 def forward(
-    x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str, config: Config | None = None
-) -> Tensor:
-    """``x * rsqrt(mean(x**2, -1) + eps) * weight * activation(gate)`` of x [..., D], dense, in x's dtype."""
+    x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str, config: Config | None = None,
+    *, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """``x * rsqrt(mean(x**2, -1) + eps) * weight * activation(gate)`` of x [..., D], dense, in ``dtype`` or x's."""
     width, at = x.shape[-1], rows_of(x)
     at_g = at if gate is None else rows_of(gate)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
     rows = y.numel() // max(1, width)
     config = config or config_of("gated_rmsnorm_forward", x, width_class(width))
     if rows:
@@ -106,7 +107,7 @@ def backward(
     x: Tensor, gate: Tensor | None, weight: Tensor, dy: Tensor, eps: float, activation: str, need_weight: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dgate, dweight), dense, in the inputs' dtypes; dgate is empty without a gate, dweight where not needed."""
+    """(dx, dgate, dweight), dense, in the inputs' dtypes, whatever dy's; dgate is empty without a gate, dweight where not needed."""
     width, at, at_dy = x.shape[-1], rows_of(x), rows_of(dy)
     at_g = at if gate is None else rows_of(gate)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

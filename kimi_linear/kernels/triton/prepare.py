@@ -4,7 +4,7 @@
 
 p is the running log2-decay from the tile's start, a the anchor of each channel: 0, so that what a token holds depends on the
 tokens before it alone, while the channel forgets at most 2^-MAX_RANGE in the tile; where it forgets more, p at the last token
-that is not below -DEEPEST. A channel that forgets more than 2^-MAX_RANGE from there on too is steep: there a = 0 and
+that is not below -DEEPEST (for fp32 less, as common.py says). A channel that forgets more than 2^-MAX_RANGE from there on too is steep: there a = 0 and
 early = k 2^(total - p), faded to the tile's end, ``anchors`` holds STEEP, and the pairs inside the tile are left to steep.py.
 
 No product: everything stays in the layout of the loads, with few registers, and many programs hide the memory's latency.
@@ -19,7 +19,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.common import DEEPEST, MAX_RANGE, STEEP, G, chunk_log2_decay, chunk_of, power2
+from kimi_linear.kernels.triton.common import (
+    DEEPEST,
+    DEEPEST_FP32,
+    MAX_RANGE,
+    MAX_RANGE_FP32,
+    STEEP,
+    G,
+    chunk_log2_decay,
+    chunk_of,
+    power2,
+)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
@@ -51,8 +61,10 @@ def prepare_kernel(
         x += tl.load(dt_bias + hv * K + dim).to(tl.float32)[None, :]
     g = tl.where(inside, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0)
     p, total = tl.cumsum(g, 0), tl.sum(g, 0)
-    anchor = tl.where(total >= -MAX_RANGE, 0.0, tl.min(tl.where(p >= -DEEPEST, p, 0.0), 0))
-    steep = total - anchor < -MAX_RANGE
+    widest: tl.constexpr = MAX_RANGE_FP32 if DOT == tl.float32 else MAX_RANGE
+    deepest: tl.constexpr = DEEPEST_FP32 if DOT == tl.float32 else DEEPEST
+    anchor = tl.where(total >= -widest, 0.0, tl.min(tl.where(p >= -deepest, p, 0.0), 0))
+    steep = total - anchor < -widest
     anchor = tl.where(steep, 0.0, anchor)
     into, out = power2(p - anchor[None, :], DOT), power2(tl.where(steep, total, anchor)[None, :] - p, DOT)
     norm_k, norm_q = tl.full([16], 1.0, tl.float32), tl.full([16], 1.0, tl.float32)

@@ -3,8 +3,8 @@
     d_q = 2^(P - a) d_late_q    p = 2^(P - a) d_late_k    d_k = 2^(a - P) d_early + beta p    d_beta = v . d_right + k . p
 
 and each token with itself (the diagonal of d_N), then through the l2 norm, whose q . d_q and k . d_k value_backward.py knows,
-and through the gate. P and a as in anchor.py; all that is read comes times ``scales``. Grid (4 * chunks, HV). dq, dk [B, T, HV, K], d_beta [B, T, HV] fp32; d_gate holds
-d_g and is overwritten; d_A [4 * chunks, HV, 16] and d_bias [4 * chunks, HV, K] fp32 are partial sums.
+and through the gate. P and a as in anchor.py, a steep channel's early too; all that is read times ``scales``. Grid (4 * chunks, HV). dq, dk [B, T, HV, K], d_beta [B, T, HV] fp32; dq, dk and
+d_gate hold d_late_q, d_late_k and d_g and are overwritten; d_A [4 * chunks, HV, 16] and d_bias [4 * chunks, HV, K] fp32 are partial sums.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from kimi_linear.kernels.triton.common import chunk_log2_decay, chunk_of, gate_g
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "first_chunk"])
 def token_backward_kernel(
-    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, totals, norms, sums, scales, served, d_late_q, d_late_k, d_early,
-    dq, dk, d_gate, d_beta, d_A, d_bias,
+    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, norms, sums, scales, served, d_early, dq, dk, d_gate, d_beta, d_A, d_bias,
     scale, lower_bound, num_sequences, tokens, first_chunk, stride_q, stride_k, stride_g, stride_beta,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
@@ -32,9 +31,7 @@ def token_backward_kernel(
     if start >= stop:
         return
     at = chunk.to(tl.int64) * HV + hv
-    if tl.load(served + at) == 0:
-        return
-    unscale = 1.0 / tl.load(scales + at)
+    one, unscale = tl.load(served + at) > 0, 1.0 / tl.load(scales + at)
     start += tile * 16
     row, dim = tl.arange(0, 16), tl.arange(0, K)
     r, d = row[:, None], dim[None, :]
@@ -54,17 +51,17 @@ def token_backward_kernel(
         tile_at = (chunk.to(tl.int64) * 4 + tile) * HV + hv
         tl.store(d_bias + tile_at * K + dim, tl.sum(tl.where(inside, dx, 0.0), 0))
         tl.store(d_A + tile_at * 16 + row, tl.sum(tl.where(inside, of_A, 0.0), 1))
-    p = since_anchor(g, totals + at * 4 * K, tile, dim, K)
-    up, down = power2(p, DOT), power2(-p, DOT)
+    up, down = since_anchor(g, anchors + at * 4 * K, totals + at * 4 * K, tile, one, dim, K)
+    up, down = power2(up, DOT), power2(down, DOT)
     norm, token = norms + at * 2 * C + tile * 16 + row, sums + at * 4 * C + tile * 16 + row
     norm_k, norm_q, diagonal = tl.load(norm)[:, None], tl.load(norm + C)[:, None], tl.load(token + 2 * C)[:, None]
     b_k = tl.load(k + start * stride_k + h * K + r * stride_k + d, inside, 0.0).to(tl.float32) * norm_k
     b_q = tl.load(q + start * stride_q + h * K + r * stride_q + d, inside, 0.0).to(tl.float32) * norm_q
     b_beta = tl.load(beta + start * stride_beta + hv + row * stride_beta, valid, 0.0).to(tl.float32)[:, None]
     rows = (place.to(tl.int64) * HV + hv) * C * K + (tile * 16 + r) * K + d
-    # The anchor's factor first: unscaled and still anchored far away a gradient may be too small for fp32.
-    to_q = up * tl.load(d_late_q + rows).to(tl.float32) * unscale + diagonal * b_k
-    to_p = up * tl.load(d_late_k + rows).to(tl.float32) * unscale
+    # The anchor's factor first: a gradient that is unscaled while it is anchored far away may be too small for fp32.
+    to_q = up * tl.load(dq + out, inside, 0.0).to(tl.float32) * unscale + diagonal * b_k
+    to_p = up * tl.load(dk + out, inside, 0.0).to(tl.float32) * unscale
     to_k = down * tl.load(d_early + rows).to(tl.float32) * unscale + diagonal * b_q + b_beta * to_p
     tl.store(d_beta + (start + row) * HV + hv, tl.sum(b_k * to_p, 1) + tl.load(token + 3 * C), valid)
     to_q, to_k = to_q * norm_q, to_k * norm_k
