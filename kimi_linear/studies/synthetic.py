@@ -73,6 +73,8 @@ class SyntheticConfig:
     """Standard deviation of the first weights."""
     dt_shift: float = -3.0
     """Added to every dt_bias at the start; -3 makes memories live twenty times as long, so about as long as a sequence."""
+    decay_rate: float = 1.0
+    """Learning rate of A_log and dt_bias, in learning rates of the rest: they are of size 1 to 5, weights of size 0.02."""
     warmup: int = 200
     """Steps in which the learning rate rises."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -119,6 +121,8 @@ class SyntheticConfig:
         for name in ("seeds", "steps", "patience", "flat", "point_every", "batch_size", "lanes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.decay_rate > 0:
+            raise ValueError(f"decay_rate: expected more than 0, got {self.decay_rate}")
         for name in ("seconds_budget", "admit_seconds"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -277,7 +281,7 @@ def lane_of(config: SyntheticConfig, cell: Cell) -> LaneConfig:
     """How a cell is trained."""
     from kimi_linear.studies.synthetic_training import LaneConfig
 
-    same = ("steps", "flat", "batch_size", "warmup", "schedule", "weight_decay", "grad_clip", "dt_shift", "point_every")
+    same = ("steps", "flat", "batch_size", "warmup", "schedule", "weight_decay", "grad_clip", "dt_shift", "decay_rate")
     return LaneConfig(
         task=task_of(config, cell),
         model=model_of(config, cell),
@@ -286,6 +290,7 @@ def lane_of(config: SyntheticConfig, cell: Cell) -> LaneConfig:
         until=config.until,
         patience=config.patience,
         bf16=config.precision == "bf16",
+        point_every=config.point_every,
         **{name: getattr(config, name) for name in same},
     )
 

@@ -64,6 +64,8 @@ class LaneConfig:
     """Largest norm of the gradient."""
     dt_shift: float
     """Added to every dt_bias at the start; -1 makes memories live about 2.7 times as long."""
+    decay_rate: float
+    """Learning rate of A_log and dt_bias, in learning rates of the rest."""
     point_every: int
     """Steps per point of the curve."""
     until: float
@@ -157,7 +159,8 @@ class Lane:
         self._count = torch.zeros((), dtype=torch.float32, device=device)
         self._sums = torch.zeros(5, dtype=torch.float64, device=device)
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
-        self._optimizer = _adamw(self.model, config, self._lr)
+        self._decay_lr = torch.zeros_like(self._lr)
+        self._optimizer = _adamw(self.model, config, self._lr, self._decay_lr)
         self.stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ahead: deque[Any] = deque()  # events of CUDA
@@ -281,7 +284,7 @@ class Lane:
         self._place += 1
 
     def _set_rate(self) -> None:
-        """The learning rate of this step, on the device: a number from the host would be captured for ever."""
+        """The learning rates of this step, on the device: a number from the host would be captured for ever."""
         config = self.config
         self._count += 1
         rate = (self._count / max(1, config.warmup)).clamp(max=1.0)
@@ -289,6 +292,7 @@ class Lane:
             done = ((self._count - config.warmup) / max(1, config.steps - config.warmup)).clamp(0.0, 1.0)
             rate = rate * (0.55 + 0.45 * torch.cos(math.pi * done))
         self._lr.copy_(config.lr * rate)
+        self._decay_lr.copy_(config.lr * config.decay_rate * rate)
 
     def _measure(self) -> None:
         if self.stream is None:
@@ -333,11 +337,17 @@ def run_lanes(lanes: list[Lane]) -> bool:
     return any(moved)
 
 
-def _adamw(model: KimiLinear, config: LaneConfig, lr: Tensor) -> torch.optim.AdamW:
-    """AdamW over the groups that all our trainings have, with its rate and steps on the device."""
+def _adamw(model: KimiLinear, config: LaneConfig, lr: Tensor, decay_lr: Tensor) -> torch.optim.AdamW:
+    """AdamW over the groups that all our trainings have, A_log and dt_bias apart, with rates and steps on the device."""
     rules = TrainConfig(weight_decay=config.weight_decay, lr=config.lr)
     groups = build_optimizers(model, rules).parts["adamw"].param_groups
-    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+    decays = {id(p) for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}
+    groups = [
+        {"params": part, "weight_decay": group["weight_decay"], "lr": rate}
+        for group in groups
+        for rate, own in ((lr, False), (decay_lr, True))
+        if (part := [p for p in group["params"] if (id(p) in decays) == own])
+    ]
     on_gpu = lr.is_cuda
     return torch.optim.AdamW(groups, lr=lr, betas=rules.betas, fused=True, capturable=on_gpu)
 

@@ -62,6 +62,43 @@ def test_a_lane_continues_from_its_checkpoint_bit_for_bit(steps: int, tmp_path) 
         load_lane(tmp_path / "lane.pt", {"a": 2})
 
 
+def test_the_cosine_falls_to_a_tenth_at_the_last_step_and_goes_on_from_a_checkpoint() -> None:
+    change = {"schedule": "cosine", "steps": 22, "lr": 1e-2, "decay_rate": 10.0}
+    whole, rates = lane(**change), []
+    for _ in range(22):
+        whole._one_step()
+        rates.append((whole._lr.item(), whole._decay_lr.item()))
+    for step, rate in ((1, 5e-3), (2, 1e-2), (7, 1e-3 + 9e-3 * (2 + 2**0.5) / 4), (12, 5.5e-3), (22, 1e-3)):
+        assert rates[step - 1] == pytest.approx((rate, 10 * rate), rel=1e-6), step
+    first = lane(**change)
+    for _ in range(13):
+        first._one_step()
+    first.poll(wait=True)
+    again = lane(saved=first.state(), **change)
+    for _ in range(9):
+        again._one_step()
+    for mine, theirs in zip(again._lasting(), whole._lasting(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2"])
+def test_the_decays_have_a_learning_rate_of_their_own(mixer: str) -> None:
+    """AdamW's first step moves a number without weight decay by the rate, whatever its gradient."""
+    cell = replace(CELL, mixer=mixer)
+    start = {name: p.detach().clone() for name, p in lane(cell).model.named_parameters()}
+    moved = {}
+    for decay_rate in (1.0, 10.0):
+        trained = lane(cell, decay_rate=decay_rate, warmup=0)
+        trained._one_step()
+        moved[decay_rate] = {name: p.detach() - start[name] for name, p in trained.model.named_parameters()}
+    decays = [name for name in start if name.endswith(("A_log", "dt_bias"))]
+    assert len(decays) == 4
+    for name in start:
+        ratio = 10.0 if name in decays else 1.0
+        torch.testing.assert_close(moved[10.0][name], ratio * moved[1.0][name], rtol=1e-3, atol=2e-6)
+    assert max(moved[10.0][name].abs().max().item() for name in decays) == pytest.approx(10 * CELL.lr, rel=1e-2)
+
+
 def test_sequences_depend_on_task_and_seed_only() -> None:
     kda, other_lr, other_mixer, other_seed = (
         lane(cell) for cell in (CELL, replace(CELL, lr=1e-3), replace(CELL, mixer="gdn"), replace(CELL, seed=1))

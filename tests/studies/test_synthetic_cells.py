@@ -150,6 +150,7 @@ def test_a_run_in_pieces_ends_as_a_whole_one(tmp_path) -> None:
         ({"tasks": "mqar,chess"}, "tasks: expected some of palindrome,mqar,stack, got 'chess'"),
         ({"lrs": "1e-3,0.001"}, "lrs: expected each one once"),
         ({"patience": 0}, "patience: expected at least 1, got 0"),
+        ({"decay_rate": 0.0}, "decay_rate: expected more than 0, got 0.0"),
         ({"seconds_budget": -1.0}, "seconds_budget: expected at least 0 seconds"),
     ],
 )
