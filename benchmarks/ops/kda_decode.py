@@ -4,9 +4,10 @@
     python -m benchmarks.ops.kda_decode --configs --batches 1 32      candidates of the configuration, too
 
 The answer is checked first, at every gate, against fp64; a wrong one gets no speed. A graph holds enough calls on
-different slots that no state is found in the L2, which is how a model of many layers meets them; its replays take turns with
-those of fla's ``fused_recurrent_kda`` where that is installed. fla's call is the recurrence alone: no convolution, no
-output norm. The page is written after every row.
+different slots that no state is found in the L2, which is how a model of many layers meets them. Slots are drawn from the
+whole pool, and once more taken in order, as where no sequence has left a batch. Replays take turns with those of fla's
+``fused_recurrent_kda`` where that is installed. fla's call is the recurrence alone: no convolution, no output norm. The
+page is written after every row.
 """
 
 from __future__ import annotations
@@ -67,9 +68,20 @@ class Page:
                 Section(
                     title="Steps",
                     about="S tokens of each of B sequences; with S > 1 the state after every token is kept. Calls follow each "
-                    "other, so that a call's launch, and what it asks for ahead, hide behind the call before it. fla: "
+                    "other, so that a call's launch, and what it asks for ahead, hide behind the call before it. Slots are "
+                    "drawn from the whole pool; in order, they follow each other in memory, as fla's states do. fla: "
                     "`fused_recurrent_kda`, the recurrence alone.",
-                    columns=["B", "S", "ours, µs", "GB/s", "of a copy", "fla, µs", "fla / ours"],
+                    columns=[
+                        "B",
+                        "S",
+                        "ours, µs",
+                        "GB/s",
+                        "of a copy",
+                        "in order, µs",
+                        "GB/s",
+                        "fla, µs",
+                        "fla / in order",
+                    ],
                     rows=self.steps,
                 ),
                 Section(
@@ -105,10 +117,12 @@ def drawn(batch: int, tokens: int) -> tuple[DecodeInputs, int]:
     return replace(inputs, pool=DecodePool(memory=memory, window=window)), calls
 
 
-def rows_of(batch: int, tokens: int, calls: int) -> list[tuple[Tensor, Tensor | None]]:
+def rows_of(batch: int, tokens: int, calls: int, shuffled: bool = True) -> list[tuple[Tensor, Tensor | None]]:
     """(slots, keep) of every call of a cycle, no slot twice."""
     width = 1 if tokens == 1 else 1 + tokens
-    order = torch.randperm(calls * batch * width, device="cuda").to(torch.int32).view(calls, batch, width)
+    count = calls * batch * width
+    order = torch.randperm(count, device="cuda") if shuffled else torch.arange(count, device="cuda")
+    order = order.to(torch.int32).view(calls, batch, width)
     return [(s[:, 0].contiguous(), s[:, 1:].contiguous() if tokens > 1 else None) for s in order]
 
 
@@ -173,20 +187,23 @@ def time_steps(page: Page, batch: int, tokens: int, has_fla: bool, configs: bool
     inputs, calls = drawn(batch, tokens)
     cycle = rows_of(batch, tokens, calls)
     replays = {"ours": ours(inputs, cycle, None)}
+    if tokens == 1:
+        replays["in order"] = ours(inputs, rows_of(batch, tokens, calls, shuffled=False), None)
     if has_fla and tokens == 1:
         parts = inputs.pool.memory.view(calls, batch, HEADS, DIM, DIM)
         replays["fla"] = graph_of([fla_call(inputs, part) for part in parts[: max(4, calls // 8)]])
-    shares = {"ours": calls, "fla": max(4, calls // 8)}
+    shares = {"ours": calls, "in order": calls, "fla": max(4, calls // 8)}
     tried = CONFIGS if configs and tokens == 1 else ()
     for config in tried:
         replays[str(config)], shares[str(config)] = ours(inputs, cycle, config), calls
     times = compare(replays, warmup=2, repeats=page.repeats, device="cuda")
     micro = {name: timing.median / shares[name] * 1e6 for name, timing in times.items()}
     moved = batch * HEADS * DIM * DIM * 4 * (1 + tokens)
-    mine = micro["ours"]
-    beside = [micro["fla"], micro["fla"] / mine] if "fla" in micro else ["–", "–"]
+    mine, lined = micro["ours"], micro.get("in order")
+    order: list[object] = ["–", "–"] if lined is None else [lined, moved / lined / 1e3]
+    beside = [micro["fla"], micro["fla"] / lined] if "fla" in micro and lined is not None else ["–", "–"]
     rate = moved / mine * 1e6
-    page.add(page.steps, [batch, tokens, mine, rate / 1e9, f"{rate / page.bandwidth:.1%}", *beside])
+    page.add(page.steps, [batch, tokens, mine, rate / 1e9, f"{rate / page.bandwidth:.1%}", *order, *beside])
     for config in tried:
         taken = micro[str(config)]
         page.add(page.configs, [batch, str(config), taken, f"{moved / taken * 1e6 / page.bandwidth:.1%}"])

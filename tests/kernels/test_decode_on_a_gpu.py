@@ -152,9 +152,10 @@ def test_launches_give_the_same_bits(width: int, tokens: int) -> None:
                     assert torch.equal(a, b), (config, ending)
 
 
-def test_slots_may_be_written_by_the_kernel_right_before() -> None:
+@pytest.mark.parametrize("heads", [4, 64])
+def test_slots_may_be_written_by_the_kernel_right_before(heads: int) -> None:
     """A step may be launched before that one has ended: what it read of the slots then was a guess."""
-    inputs = decode_inputs(3, 1, 4, slots=9, dtype=torch.bfloat16, **WIDE)
+    inputs = decode_inputs(3, 1, heads, slots=9, dtype=torch.bfloat16, **WIDE)
     orders = [torch.randperm(9, device="cuda", dtype=torch.int32)[:3] for _ in range(60)]
     for i, order in enumerate(orders):
         order[i % 3] = order[i % 3] if i % 4 else -1
