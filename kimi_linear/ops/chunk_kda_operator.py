@@ -16,7 +16,7 @@ _INPUTS = (
     "Tensor? cu_seqlens, float? lower_bound, float scale, bool normalize_qk"
 )
 _DIFFERENTIABLE = 8  # the first inputs; cu_seqlens and the numbers after them have no gradient
-_SAVED = 12  # tensors that a forward leaves for its backward: kernels/triton/saved.py
+_SAVED = 13  # tensors that a forward leaves for its backward: kernels/triton/saved.py
 
 
 def triton_chunk_kda(

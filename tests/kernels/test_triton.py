@@ -122,7 +122,7 @@ def test_compiles_within_bounds(key_dim: int, value_dim: int, arch: int) -> None
         assert launch.stack <= SPILLED.get(launch.kernel, 0), launch
 
 
-SPILLED = {"tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 64}
+SPILLED = {"tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 64, "solve_kernel": 8}
 """Bytes a thread, where what spills nothing was slower on an H200: see docs/LOG.md."""
 
 

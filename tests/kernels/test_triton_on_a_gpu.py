@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kimi_linear.ops import KDAOutput, chunk_kda
-from kimi_linear.testing.factories import GATE_KINDS, KDAInputs, kda_inputs
+from kimi_linear.testing.factories import GATE_KINDS, GateKind, KDAInputs, kda_inputs
 from kimi_linear.testing.gradients import sizes_of_sums
 from kimi_linear.testing.tolerances import relative_error
 
@@ -24,10 +24,11 @@ CLASSES = {  # dtype, K, V as at each gate and layout; limits of results and of 
     "bf16, K=256": (torch.bfloat16, 256, 256, LIMIT, GRADIENT_LIMIT),
     "fp32": (torch.float32, 128, 128, 1e-5, 1e-4),
 }
+CANCELLED = {torch.bfloat16: 5e-3, torch.float32: 5e-4}
+"""Limit for the gradients of A_log and dt_bias, measured by the sizes of the terms that cancel in them. In fp32 a running log2-decay of
+hundreds is known to 2^-16, and the gate's derivative favours the strong steps."""
 WIDTHS = [(name, K, V) for name in ("bf16", "fp32") for K in (32, 64, 128, 256) for V in (32, 64, 128, 256)
           if name == "bf16" or K < 256]  # fmt: skip
-CANCELLED = 0.3
-"""Of the limit, for the gradients of A_log and dt_bias, measured by the sizes of the terms that cancel in them."""
 LAYOUTS = {
     "batch": {"batch": 2, "tokens": 256, "heads": 2, "v_heads": 4},
     "odd": {"batch": 3, "tokens": 131, "heads": 1},
@@ -102,14 +103,14 @@ def assert_gradients(found: list[torch.Tensor], true: list[torch.Tensor], wide: 
         sizes[5:7] = sizes_of_sums(wide, true[4])
     for name, a, b, size in zip(names, found, true, sizes, strict=True):
         error = ((a.double() - b).norm() / size.norm()).item()
-        assert error < limit * (CANCELLED if name in ("gate.A_log", "gate.dt_bias") else 1), name
+        assert error < (CANCELLED[found[0].dtype] if name in ("gate.A_log", "gate.dt_bias") else limit), name
 
 
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gate", GATE_KINDS)
 @pytest.mark.parametrize("kind", CLASSES)
-def test_exact_at_every_gate(kind: str, gate: str, layout: str, raw: bool) -> None:
+def test_exact_at_every_gate(kind: str, gate: GateKind, layout: str, raw: bool) -> None:
     """Results and gradients, of the initial state and the final one too."""
     dtype, key_dim, value_dim, limit, of_gradients = CLASSES[kind]
     inputs = kda_inputs(
@@ -261,7 +262,7 @@ def test_a_prefix_inside_a_tile_feels_later_gates_only_in_its_rounding(cut: int)
 
 
 @pytest.mark.parametrize("gate", GATE_KINDS)
-def test_small_gradients_are_as_exact_as_large_ones(gate: str) -> None:
+def test_small_gradients_are_as_exact_as_large_ones(gate: GateKind) -> None:
     """A loss averaged over many tokens, times an anchor 2^-110 away, would be below the least number of fp32."""
     inputs = kda_inputs(
         1, 300, 2, key_dim=128, raw=True, gate=gate, normalized=False, dtype=torch.bfloat16, device="cuda"

@@ -3,9 +3,8 @@
     late_q = q 2^(P - a)    late_k = beta k 2^(P - a)    early = k 2^(a - P)
 
 P is the running log2-decay in the chunk. Where no channel of the chunk forgets more than 2^-WIDEST, and none is steep, one anchor
-serves: a = P_C / 2 lies in the middle, no exponent is beyond WIDEST / 2, and all pairs of the chunk are products of
-these. Elsewhere the anchors are those of prepare.py, tile by tile, where a steep channel's early is faded to the tile's end.
-``served`` [chunks, HV] int32 is 1 where one serves.
+serves (``served``, of steep.py): a = P_C / 2 lies in the middle, no exponent is beyond WIDEST / 2, and all pairs of the chunk are
+products of these. Elsewhere the anchors are those of prepare.py, tile by tile, where a steep channel's early is faded to the tile's end.
 
 ``factors`` [chunks, HV, 7, 4, K] fp32 says of each tile what becomes of them further off. late times factors[0] reads the state
 at the chunk's start. early times factors[1], which is 0 where the tile is steep, meets late in its own tile; times factors[2] it has faded
@@ -21,18 +20,6 @@ import triton
 import triton.language as tl
 
 from kimi_linear.kernels.triton.common import STEEP, chunk_log2_decay, chunk_of, power2
-
-
-@triton.jit
-def one_serves(totals, flags, K: tl.constexpr, DOT: tl.constexpr):
-    """Whether one anchor serves every channel of a chunk."""
-    WIDEST: tl.constexpr = 60.0 if DOT == tl.float32 else 220.0
-    dim = tl.arange(0, K)
-    whole = tl.zeros([K], tl.float32)
-    for tile in tl.static_range(4):
-        whole += tl.load(totals + tile * K + dim)
-    steep = tl.max(tl.load(flags + tl.arange(0, 4)), 0) > 0
-    return (tl.min(whole, 0) >= -WIDEST) & (steep == 0)
 
 
 @triton.jit
@@ -77,7 +64,7 @@ def store_factors(factors, anchors, totals, tile, dim, K: tl.constexpr, DOT: tl.
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "first_chunk"])
 def anchor_kernel(
-    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, flags, norms, served, late_q, late_k, early,
+    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, norms, served, late_q, late_k, early,
     factors, lower_bound, num_sequences, tokens, first_chunk, stride_q, stride_k, stride_g, stride_beta,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -91,9 +78,7 @@ def anchor_kernel(
     at, here = chunk.to(tl.int64) * HV + hv, place.to(tl.int64) * HV + hv
     anchors, totals = anchors + at * 4 * K, totals + at * 4 * K
     row, dim = tl.arange(0, 16), tl.arange(0, K)
-    one = one_serves(totals, flags + at * 4, K, DOT)
-    if tile == 0:
-        tl.store(served + at, one.to(tl.int32))
+    one = tl.load(served + at) > 0
     if one == 0:
         store_factors(factors + here * 28 * K, anchors, totals, tile, dim, K, DOT)
     start += tile * 16

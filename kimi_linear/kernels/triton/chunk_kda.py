@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kimi_linear.kernels.triton.anchor import anchor_kernel
 from kimi_linear.kernels.triton.anchored_backward import anchored_backward_kernel
+from kimi_linear.kernels.triton.column_sum import column_sum
 from kimi_linear.kernels.triton.common import stretches
 from kimi_linear.kernels.triton.configs import config_of
 from kimi_linear.kernels.triton.prepare import prepare_kernel
@@ -60,7 +61,7 @@ class Problem:
 
 
 class _Tiles(NamedTuple):
-    """What prepare.py makes of all tiles; ``norms`` is for the backward."""
+    """What prepare.py makes of all tiles, but for ``served``, of steep.py; ``norms`` is for the backward."""
 
     late: Tensor
     early: Tensor
@@ -68,6 +69,7 @@ class _Tiles(NamedTuple):
     totals: Tensor
     flags: Tensor
     norms: Tensor | None
+    served: Tensor
 
 
 class Prepared(NamedTuple):
@@ -134,7 +136,7 @@ def forward_to_train(problem: Problem) -> tuple[Tensor, Tensor, Saved]:
         operators = prepared.decay.new_empty(0, *result.final_state.shape[1:2], *[problem.q.shape[3]] * 2)
     return output, result.final_state, Saved(
         late=tiles.late, write=prepared.write, pairs_q=prepared.pairs_q, inverse=prepared.inverse, decay=prepared.decay,
-        anchors=tiles.anchors, totals=tiles.totals, flags=tiles.flags, norms=tiles.norms, states=result.states,
+        anchors=tiles.anchors, totals=tiles.totals, flags=tiles.flags, norms=tiles.norms, served=tiles.served, states=result.states,
         written=result.written, operators=operators,
     )  # fmt: skip
 
@@ -169,11 +171,12 @@ def _tiles(problem: Problem, layout: _Layout, *, save: bool) -> _Tiles:
     anchors, totals = (torch.empty(chunks, v_heads, 4, key_dim, dtype=wide, device=q.device) for _ in range(2))
     norms = torch.empty(chunks, v_heads, 2, CHUNK, dtype=wide, device=q.device) if save else None
     flags = torch.empty(chunks, v_heads, 4, dtype=torch.int32, device=q.device)
-    tiles = _Tiles(late, torch.empty_like(late[0]), anchors, totals, flags, norms)
+    served = torch.empty(chunks, v_heads, dtype=torch.int32, device=q.device)
+    tiles = _Tiles(late, torch.empty_like(late[0]), anchors, totals, flags, norms, served)
     config = config_of("kda_prepare", q, shape_class(key_dim, q.dtype))
     if chunks:
         prepare_kernel[(4 * chunks, v_heads)](
-            q, k, gate, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, *tiles,
+            q, k, gate, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, *tiles[:6],
             problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens, late[0].numel(),
             q.stride(1), k.stride(1), gate.stride(1), heads, v_heads, key_dim, layout.kind, problem.normalize,
             problem.cu_seqlens is not None, save, layout.dot, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -190,6 +193,7 @@ def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared
         return torch.empty(chunks, v_heads, *shape, dtype=dtype, device=q.device)
 
     tiles, steep = _tiles(problem, layout, save=save), made(2, CHUNK, 16, dtype=wide)
+    reaches = torch.empty_like(tiles.served)
     late, early = tiles.late, tiles.early
     prepared = Prepared(
         erase=late[1], u=made(CHUNK, value_dim), read=late[0], write=early, pairs_q=made(CHUNK, CHUNK),
@@ -202,13 +206,13 @@ def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared
     if chunks:
         place = (problem.cu_seqlens, layout.cu_chunks)
         steep_kernel[(chunks, v_heads)](
-            q, k, gate, problem.A_log, problem.dt_bias, *place, tiles.anchors, tiles.flags, steep,
-            problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens, q.stride(1), k.stride(1), gate.stride(1),
+            q, k, gate, problem.A_log, problem.dt_bias, *place, tiles.anchors, tiles.totals, tiles.flags, tiles.served, reaches,
+            steep,            problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens, q.stride(1), k.stride(1), gate.stride(1),
             heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
             num_warps=steeping.num_warps, num_stages=steeping.num_stages,
         )  # fmt: skip
         solve_kernel[(chunks, v_heads)](
-            v, beta, *place, tiles.anchors, tiles.totals, tiles.flags, steep, late, early, prepared.pairs_q,
+            v, beta, *place, tiles.anchors, tiles.totals, tiles.flags, reaches, steep, late, early, prepared.pairs_q,
             prepared.u, prepared.decay, prepared.inverse, layout.sequences, tokens, early.numel(), v.stride(1),
             beta.stride(1), v_heads, key_dim, value_dim, solving["BP"], solving["BK"], solving["BV"], packed, save, cells,
             layout.dot, layout.precision, num_warps=solving.num_warps, num_stages=solving.num_stages,
@@ -248,23 +252,18 @@ def _value_backward(
 
 
 class _KeyGradients:
-    """Where the gradients go that live in the key dim, partial sums of all tiles and of what steep ones add among them."""
+    """Where the gradients go that live in the key dim, and what every tile adds to those of the gate's parameters."""
 
     def __init__(self, problem: Problem, layout: _Layout) -> None:
         q, gate, (batch, tokens, heads, key_dim), v_heads = problem.q, problem.gate, problem.q.shape, problem.v.shape[2]
-        self.problem = problem
-        self.block = min(config_of("kda_steep_backward", q, shape_class(key_dim, q.dtype))["BK"], key_dim)
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=q.device)
-
+        self.problem, wide = problem, torch.float32
         # Value heads of one key head add up, in fp32.
-        own = q.dtype if heads == v_heads else torch.float32
+        own = q.dtype if heads == v_heads else wide
         self.q, self.k = (torch.empty(batch, tokens, v_heads, key_dim, dtype=own, device=q.device) for _ in range(2))
         self.gate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
-        self.beta = zeros(key_dim // self.block, batch, tokens, v_heads)
-        self.of_tiles = zeros(4 * layout.chunks, v_heads, 16), zeros(4 * layout.chunks, v_heads, key_dim)
-        self.of_chunks = zeros(layout.chunks, v_heads, key_dim), zeros(layout.chunks, v_heads, key_dim)
+        self.beta = torch.empty(batch, tokens, v_heads, dtype=wide, device=q.device)
+        parts = 0 if problem.A_log is None else 4 * layout.chunks
+        self.partial = torch.empty(parts, v_heads * (key_dim + 1), dtype=wide, device=q.device)
 
     def gradients(self, dv: Tensor, d_initial: Tensor | None) -> Gradients:
         """Summed up, in a fixed order."""
@@ -273,12 +272,12 @@ class _KeyGradients:
             dq, dk = (x.unflatten(2, (heads, -1)).sum(3).to(p.q.dtype) for x in (dq, dk))
         d_A = d_bias = None
         if p.A_log is not None:
-            d_A = self.of_tiles[0].sum((0, 2)) + self.of_chunks[0].sum((0, 2))
-            d_A = d_A.view(p.A_log.shape).to(p.A_log.dtype)
-        if p.dt_bias is not None:
-            d_bias = self.of_tiles[1].sum(0) + self.of_chunks[1].sum(0)
-            d_bias = d_bias.view(p.dt_bias.shape).to(p.dt_bias.dtype)
-        return Gradients(dq, dk, dv, self.gate, self.beta.sum(0).to(p.beta.dtype), d_A, d_bias, d_initial)
+            assert p.dt_bias is not None
+            found = torch.empty(self.partial.shape[1], 1, dtype=torch.float32, device=dv.device)
+            column_sum(self.partial[:, None], found)
+            d_bias, d_A = found[:-v_heads, 0], found[-v_heads:, 0].clone()  # results of an operator share no memory
+            d_A, d_bias = d_A.view(p.A_log.shape).to(p.A_log.dtype), d_bias.view(p.dt_bias.shape).to(p.dt_bias.dtype)
+        return Gradients(dq, dk, dv, self.gate, self.beta.to(p.beta.dtype), d_A, d_bias, d_initial)
 
 
 AT_ONCE = 4096
@@ -305,7 +304,6 @@ def _anchored_backward(
     )
     given = (q, k, gate, beta, problem.A_log, problem.dt_bias)
     strides = (q.stride(1), k.stride(1), gate.stride(1), beta.stride(1))
-    served = torch.empty(layout.chunks, v_heads, dtype=torch.int32, device=q.device)
     at_once = min(layout.chunks, max(1, AT_ONCE // v_heads))
     late_q, late_k, early = (
         torch.empty(at_once, v_heads, CHUNK, key_dim, dtype=q.dtype, device=q.device) for _ in range(3)
@@ -315,25 +313,25 @@ def _anchored_backward(
     for first in range(0, layout.chunks, at_once):
         chunks = min(at_once, layout.chunks - first)
         anchor_kernel[(4 * chunks, v_heads)](
-            *given, *place, saved.anchors, saved.totals, saved.flags, saved.norms, served, late_q, late_k, early, factors,
+            *given, *place, saved.anchors, saved.totals, saved.norms, saved.served, late_q, late_k, early, factors,
             lower_bound, layout.sequences, tokens, first, *strides, heads, v_heads, key_dim, layout.kind, packed, layout.dot,
             num_warps=anchor.num_warps, num_stages=anchor.num_stages,
         )  # fmt: skip
         products = (saved.states, d_states, saved.written, d_right, d_output, d_keys, d_pairs, scales)
         found = (late_q, late_k, early, results.q, results.k, results.gate, layout.sequences, tokens, first)
         anchored_backward_kernel[(chunks * -(-key_dim // anchored["BK"]), v_heads)](
-            *products, saved.totals, served, stretches(q.device), *place, *found, v_heads, key_dim, value_dim, anchored["BK"],
+            *products, saved.totals, saved.served, stretches(q.device), *place, *found, v_heads, key_dim, value_dim, anchored["BK"],
             min(anchored["BV"], value_dim), packed, layout.dot, layout.precision, num_warps=anchored.num_warps,
             num_stages=anchored.num_stages,
         )  # fmt: skip
         tile_backward_kernel[(chunks * -(-key_dim // tile["BK"]), v_heads)](
-            *products, saved.decay, saved.totals, served, factors, stretches(q.device), *place, *found, v_heads, key_dim,
+            *products, saved.decay, saved.totals, saved.served, factors, stretches(q.device), *place, *found, v_heads, key_dim,
             value_dim, tile["BK"], min(tile["BV"], value_dim), packed, layout.dot, layout.precision,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         token_backward_kernel[(4 * chunks, v_heads)](
-            *given, *place, saved.anchors, saved.totals, saved.norms, sums, scales, served, early, results.q, results.k,
-            results.gate, results.beta, *results.of_tiles, problem.scale, lower_bound, layout.sequences, tokens, first,
+            *given, *place, saved.anchors, saved.totals, saved.norms, sums, scales, saved.served, early, results.q, results.k,
+            results.gate, results.beta, results.partial, problem.scale, lower_bound, layout.sequences, tokens, first,
             *strides, heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
             num_warps=token.num_warps, num_stages=token.num_stages,
         )  # fmt: skip
@@ -344,16 +342,16 @@ def _steep_backward(
     results: _KeyGradients,
 ) -> None:  # fmt: skip
     """The gradients of pairs inside steep tiles, added to the others."""
-    q, k, gate, beta, (batch, tokens, heads, key_dim), v_heads = (
-        problem.q, problem.k, problem.gate, problem.beta, problem.q.shape, problem.v.shape[2],
+    q, k, gate, beta, (tokens, heads, key_dim), v_heads = (
+        problem.q, problem.k, problem.gate, problem.beta, problem.q.shape[1:], problem.v.shape[2],
     )  # fmt: skip
-    config, slices = config_of("kda_steep_backward", q, shape_class(key_dim, q.dtype)), key_dim // results.block
+    config = config_of("kda_steep_backward", q, shape_class(key_dim, q.dtype))
     d_keys, d_pairs, _, scales = of_pairs
-    steep_backward_kernel[(layout.chunks * slices, v_heads)](
+    steep_backward_kernel[(4 * layout.chunks, v_heads)](
         q, k, gate, beta, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, saved.anchors, saved.flags,
-        saved.norms, d_keys, d_pairs, scales, results.q, results.k, results.gate, results.beta, *results.of_chunks,
-        problem.lower_bound or 0.0, layout.sequences, tokens, batch * tokens, q.stride(1), k.stride(1), gate.stride(1),
-        beta.stride(1), heads, v_heads, key_dim, results.block, layout.kind, problem.cu_seqlens is not None, layout.dot,
+        saved.norms, d_keys, d_pairs, scales, results.q, results.k, results.gate, results.beta, results.partial,
+        problem.lower_bound or 0.0, layout.sequences, tokens, q.stride(1), k.stride(1), gate.stride(1),
+        beta.stride(1), heads, v_heads, key_dim, layout.kind, problem.cu_seqlens is not None, layout.dot,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

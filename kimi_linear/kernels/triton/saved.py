@@ -37,6 +37,8 @@ class Saved(NamedTuple):
     """[chunks, HV, 4] int32."""
     norms: Tensor
     """[chunks, HV, 2, C] fp32."""
+    served: Tensor
+    """[chunks, HV] int32: of steep.py."""
     states: Tensor
     """[chunks, HV, V, K]: at the chunks' starts."""
     written: Tensor
@@ -72,6 +74,7 @@ def shapes_of(
         "totals": ((4, key_dim), wide),
         "flags": ((4,), torch.int32),
         "norms": ((2, CHUNK), wide),
+        "served": ((), torch.int32),
         "states": ((value_dim, key_dim), dtype),
         "written": ((CHUNK, value_dim), dtype),
     }

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.common import STEEP, chunk_of, power2, reach
+from kimi_linear.kernels.triton.common import STEEP, chunk_of, power2
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def from_anchor(anchors, totals, dim, inside, DOT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def solve_kernel(
-    v, beta, cu_seqlens, cu_chunks, anchors, totals, flags, steep, late, early, pairs_q, u, decay, inverse,
+    v, beta, cu_seqlens, cu_chunks, anchors, totals, flags, reaches, steep, late, early, pairs_q, u, decay, inverse,
     num_sequences, tokens, size, stride_v, stride_beta, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, CELLS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,6 +53,7 @@ def solve_kernel(
     r, c = row[:, None], row[None, :]
     cell, tile = r * C + c, r // 16
     apart = tile - c // 16
+    far = tl.minimum(tl.maximum(tl.load(reaches + at), 2), 4)  # said so that the loop spills nothing
     queries, keys = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for part in range(tl.cdiv(K, BP)):
         channel = part * BP + tl.arange(0, BP)
@@ -66,7 +67,7 @@ def solve_kernel(
         queries += tl.where(apart == 0, tl.dot(late_q, columns, input_precision=PRECISION), 0.0)
         keys += tl.where(apart == 0, tl.dot(late_k, columns, input_precision=PRECISION), 0.0)
         faded *= to_end
-        for distance in range(1, reach(totals, channel, K)):
+        for distance in range(1, far):
             later = tile + distance
             there = inside & (later < 4)
             anchor = tl.minimum(tl.load(anchors + later * K + dim, there, 0.0), 0.0)
@@ -81,6 +82,9 @@ def solve_kernel(
 
     valid = row < (stop - start).to(tl.int32)
     b_beta = tl.load(beta + row * stride_beta, valid, 0.0).to(tl.float32)
+    dim_v = tl.arange(0, BV)[None, :]
+    if BV >= V:  # asked for before the inverse, whose products wait for each other: it arrives meanwhile
+        b_v = tl.load(v + r * stride_v + dim_v, valid[:, None] & (dim_v < V), 0.0).to(DOT)
     cells = tl.where(r > c, keys * b_beta[:, None], 0.0).to(CELLS)
     solve = tl.where(r == c, 1.0, 0.0) - tl.where((r == c + 1) & (r % 2 == 1), cells.to(tl.float32), 0.0)
     for level in range(1, 6):
@@ -91,10 +95,13 @@ def solve_kernel(
     if SAVE:
         tl.store(inverse + at * C * C + cell, solve.to(DOT))
     right = (solve * b_beta[None, :]).to(DOT)
-    for part in range(tl.cdiv(V, BV)):
-        dim = (part * BV + tl.arange(0, BV))[None, :]
-        b_v = tl.load(v + r * stride_v + dim, valid[:, None] & (dim < V), 0.0).to(DOT)
-        tl.store(u + r * V + dim, tl.dot(right, b_v, input_precision=PRECISION).to(DOT), dim < V)
+    if BV >= V:
+        tl.store(u + r * V + dim_v, tl.dot(right, b_v, input_precision=PRECISION).to(DOT), dim_v < V)
+    else:
+        for part in range(V // BV):
+            dim = part * BV + dim_v
+            b_v = tl.load(v + r * stride_v + dim, valid[:, None], 0.0).to(DOT)
+            tl.store(u + r * V + dim, tl.dot(right, b_v, input_precision=PRECISION).to(DOT))
     for part in range(tl.cdiv(K, BK)):
         channel = part * BK + tl.arange(0, BK)
         dim = channel[None, :]

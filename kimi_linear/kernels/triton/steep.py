@@ -5,6 +5,8 @@
 p as in prepare.py, in fp32: the exponent is known to 2^-12 even where a step forgets 2^-140. Nearly all programs end at once,
 for a steep channel forgets more than 2^-MAX_RANGE in a tile twice over. Of a tile that has one, groups of G channels with a
 steep one are computed whole, all 16 x 16 pairs at once. Grid (chunks, HV), one program per chunk.
+Two numbers of a chunk are found here as well, [chunks, HV] int32: ``served``, 1 where an anchor in its middle serves all its
+channels, and ``reaches``, the ``reach`` of all of them.
 steep [chunks, HV, 2, C, 16] fp32, queries then keys, columns counted from the tile's start; written only in chunks with a
 steep tile, there whole.
 """
@@ -14,7 +16,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.common import STEEP, G, chunk_log2_decay, chunk_of, gate_gradient, power2
+from kimi_linear.kernels.triton.common import STEEP, G, chunk_log2_decay, chunk_of, gate_gradient, power2, reach
+
+
+@triton.jit
+def one_serves(totals, K: tl.constexpr, DOT: tl.constexpr):
+    """Whether an anchor in the middle of a chunk serves every channel of it, if none is steep."""
+    WIDEST: tl.constexpr = 60.0 if DOT == tl.float32 else 220.0
+    dim = tl.arange(0, K)
+    whole = tl.zeros([K], tl.float32)
+    for tile in tl.static_range(4):
+        whole += tl.load(totals + tile * K + dim)
+    return tl.min(whole, 0) >= -WIDEST
 
 
 @triton.jit
@@ -40,7 +53,7 @@ def _fading(gate, dt_bias, row, inside, here, dim, stride, amount, lower_bound, 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def steep_kernel(
-    q, k, gate, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, flags, steep,
+    q, k, gate, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, flags, served, reaches, steep,
     scale, lower_bound, num_sequences, tokens, stride_q, stride_k, stride_g,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
@@ -51,7 +64,11 @@ def steep_kernel(
     first, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
     if first >= stop:
         return
-    if tl.max(tl.load(flags + at * 4 + tl.arange(0, 4)), 0) == 0:
+    any_steep = tl.max(tl.load(flags + at * 4 + tl.arange(0, 4)), 0) > 0
+    one = one_serves(totals + at * 4 * K, K, DOT) & (any_steep == 0)
+    tl.store(served + at, one.to(tl.int32))
+    tl.store(reaches + at, reach(totals + at * 4 * K, tl.arange(0, K), K))
+    if any_steep == 0:
         return
     h = hv // (HV // H)
     row, column = tl.arange(0, 16), tl.arange(0, 16)
@@ -95,79 +112,77 @@ def _add(to, value, mask):
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def steep_backward_kernel(
     q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, flags, norms, d_keys, d_pairs, scales,
-    dq, dk, d_gate, d_beta, d_A, d_bias, lower_bound, num_sequences, tokens, num_tokens, stride_q, stride_k, stride_g,
-    stride_beta, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
-    PACKED: tl.constexpr, DOT: tl.constexpr,
+    dq, dk, d_gate, d_beta, partial, lower_bound, num_sequences, tokens, stride_q, stride_k, stride_g, stride_beta,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Added to what pair_backward.py has left, in its dtype, its partial sums too; its grid. Key by key: half the time of
-    all pairs at once, which eight warps hand to each other through shared memory.
-
-    A slice of channels a program, not a tile: no other one adds to the same sums.
-    """
+    """Added to what token_backward.py has left, in its dtype, its partial sums too; its grid. Key by key: half the time of
+    all pairs at once, which eight warps hand to each other through shared memory."""
     C: tl.constexpr = 64
-    SLICES: tl.constexpr = K // BK
-    part, chunk, hv = tl.program_id(0) % SLICES, tl.program_id(0) // SLICES, tl.program_id(1)
+    chunk, tile, hv = tl.program_id(0) // 4, tl.program_id(0) % 4, tl.program_id(1)
     at = chunk.to(tl.int64) * HV + hv
-    first, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
-    if first >= stop:
+    start, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
+    start += tile * 16
+    if start >= stop:
         return
-    if tl.max(tl.load(flags + at * 4 + tl.arange(0, 4)), 0) == 0:
+    groups = tl.load(flags + at * 4 + tile)
+    if groups == 0:
         return
     h = hv // (HV // H)
-    row, dim = tl.arange(0, 16), part * BK + tl.arange(0, BK)
-    r, d = row[:, None], dim[None, :]
-    d_beta += part.to(tl.int64) * num_tokens * HV
+    row = tl.arange(0, 16)
+    r, valid = row[:, None], row < (stop - start).to(tl.int32)
+    inside = valid[:, None]
     unscale = 1.0 / tl.load(scales + at)
-    amount = 0.0
+    norm = norms + at * 2 * C + tile * 16 + row
+    norm_k, norm_q = tl.load(norm)[:, None], tl.load(norm + C)[:, None]
+    b_beta = tl.load(beta + (start + row) * stride_beta + hv, valid, 0.0).to(tl.float32)[:, None]
+    corner = at * C * C + (tile * 16 + row) * C + tile * 16
+    d_keys, d_pairs = d_keys + corner, d_pairs + corner  # zero on and above the diagonal
+    q, k, gate = q + start * stride_q + h * K, k + start * stride_k + h * K, gate + start * stride_g + hv * K
+    tile_sums = (chunk.to(tl.int64) * 4 + tile) * HV * (K + 1)
+    amount, sum_A, to_beta = 0.0, 0.0, tl.zeros([16], tl.float32)
     if GATE != 0:
         amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
         dt_bias += hv * K
-    for tile in range(4):
-        steep = tl.load(anchors + (at * 4 + tile) * K + dim) == STEEP
-        if tl.max(steep.to(tl.int32), 0) > 0:
-            start = first + tile * 16
-            valid = row < (stop - start).to(tl.int32)
-            inside = valid[:, None]
+    for group in range(K // G):
+        if (groups >> group) & 1:
+            dim = group * G + tl.arange(0, G)
+            d = dim[None, :]
+            steep = tl.load(anchors + (at * 4 + tile) * K + dim) == STEEP
             here = inside & steep[None, :]
-            norm = norms + at * 2 * C + tile * 16 + row
-            norm_k, norm_q = tl.load(norm), tl.load(norm + C)
-            b_beta = tl.load(beta + (start + row) * stride_beta + hv, valid, 0.0).to(tl.float32)
-            b_k = tl.load(k + start * stride_k + h * K + r * stride_k + d, here, 0.0).to(tl.float32) * norm_k[:, None]
-            b_q = tl.load(q + start * stride_q + h * K + r * stride_q + d, here, 0.0).to(tl.float32) * norm_q[:, None]
-            x = tl.load(gate + start * stride_g + hv * K + r * stride_g + d, inside, 0.0).to(tl.float32)
+            b_k = tl.load(k + r * stride_k + d, here, 0.0).to(tl.float32) * norm_k
+            b_q = tl.load(q + r * stride_q + d, here, 0.0).to(tl.float32) * norm_q
+            x = tl.load(gate + r * stride_g + d, inside, 0.0).to(tl.float32)
             if GATE != 0:
                 x += tl.load(dt_bias + dim).to(tl.float32)[None, :]
             g = tl.where(here, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0)
             p = tl.cumsum(g, 0)
-            to_q, to_p, to_k = (
-                tl.zeros([16, BK], tl.float32),
-                tl.zeros([16, BK], tl.float32),
-                tl.zeros([16, BK], tl.float32),
-            )
-            z = tl.zeros([16, BK], tl.float32)
+            to_q, to_p = tl.zeros([16, G], tl.float32), tl.zeros([16, G], tl.float32)
+            to_k, z = tl.zeros([16, G], tl.float32), tl.zeros([16, G], tl.float32)
             for i in range(16):
                 k_i, p_i = tl.sum(tl.where(r == i, b_k, 0.0), 0), tl.sum(tl.where(r == i, p, 0.0), 0)
-                column = (tile * 16 + row) * C + tile * 16 + i  # d_keys and d_pairs are zero on and above the diagonal
-                of_keys = (tl.load(d_keys + at * C * C + column).to(tl.float32) * unscale)[:, None]
-                of_pairs = (tl.load(d_pairs + at * C * C + column).to(tl.float32) * unscale)[:, None]
+                of_keys = (tl.load(d_keys + i).to(tl.float32) * unscale)[:, None]
+                of_pairs = (tl.load(d_pairs + i).to(tl.float32) * unscale)[:, None]
                 factor = power2(tl.minimum(p - p_i[None, :], 0.0), DOT)
                 faded = k_i[None, :] * factor
                 to_q += of_pairs * faded
                 to_p += of_keys * faded
-                onto = (of_pairs * b_q + of_keys * b_beta[:, None] * b_k) * factor
+                onto = (of_pairs * b_q + of_keys * b_beta * b_k) * factor
                 z += onto * k_i[None, :]
                 onto = tl.sum(onto, 0)
                 to_k += tl.where(r == i, onto[None, :], 0.0)
                 z -= tl.where(r == i, (onto * k_i)[None, :], 0.0)
+            to_beta += tl.sum(b_k * to_p, 1)
             token = (start * HV + hv) * K + r * (HV * K) + d
-            _add(d_beta + (start + row) * HV + hv, tl.sum(b_k * to_p, 1), valid)
-            _add(dq + token, to_q * norm_q[:, None], here)
-            _add(dk + token, (to_k + b_beta[:, None] * to_p) * norm_k[:, None], here)
+            _add(dq + token, to_q * norm_q, here)
+            _add(dk + token, (to_k + b_beta * to_p) * norm_k, here)
             # Of all later tokens in the tile: all of them less those up to the one before.
             dg = tl.sum(z, 0)[None, :] - tl.cumsum(z, 0) + z
             dx, of_A = gate_gradient(x, g, dg, amount, lower_bound, GATE, DOT)
-            dx, of_A = tl.where(here, dx, 0.0), tl.where(here, of_A, 0.0)
             _add(d_gate + token, dx, here)
             if GATE != 0:
-                _add(d_bias + at * K + dim, tl.sum(dx, 0), steep)
-                _add(d_A + at * K + dim, tl.sum(of_A, 0), steep)
+                _add(partial + tile_sums + hv * K + dim, tl.sum(tl.where(here, dx, 0.0), 0), steep)
+                sum_A += tl.sum(tl.sum(tl.where(here, of_A, 0.0), 1), 0)
+    _add(d_beta + (start + row) * HV + hv, to_beta, valid)
+    if GATE != 0:
+        place = partial + tile_sums + HV * K + hv
+        tl.store(place, tl.load(place) + sum_A)

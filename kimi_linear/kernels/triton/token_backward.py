@@ -4,7 +4,8 @@
 
 and each token with itself (the diagonal of d_N), then through the l2 norm, whose q . d_q and k . d_k value_backward.py knows,
 and through the gate. P and a as in anchor.py, a steep channel's early too; all that is read times ``scales``. Grid (4 * chunks, HV). dq, dk [B, T, HV, K], d_beta [B, T, HV] fp32; dq, dk and
-d_gate hold d_late_q, d_late_k and d_g and are overwritten; d_A [4 * chunks, HV, 16] and d_bias [4 * chunks, HV, K] fp32 are partial sums.
+d_gate hold d_late_q, d_late_k and d_g and are overwritten; ``partial`` [4 * chunks, HV * (K + 1)] fp32 holds what each tile adds to the
+gradients of dt_bias [HV, K] and, after those, of A_log [HV]. Nothing needs to be zero before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kimi_linear.kernels.triton.common import chunk_log2_decay, chunk_of, gate_g
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "first_chunk"])
 def token_backward_kernel(
-    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, norms, sums, scales, served, d_early, dq, dk, d_gate, d_beta, d_A, d_bias,
+    q, k, gate, beta, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, norms, sums, scales, served, d_early, dq, dk, d_gate, d_beta, partial,
     scale, lower_bound, num_sequences, tokens, first_chunk, stride_q, stride_k, stride_g, stride_beta,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
@@ -28,12 +29,16 @@ def token_backward_kernel(
     chunk = first_chunk + place
     h = hv // (HV // H)
     start, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
+    dim, tile_sums = tl.arange(0, K), (chunk.to(tl.int64) * 4 + tile) * HV * (K + 1)
     if start >= stop:
+        if GATE != 0:
+            tl.store(partial + tile_sums + hv * K + dim, tl.zeros([K], tl.float32))
+            tl.store(partial + tile_sums + HV * K + hv, 0.0)
         return
     at = chunk.to(tl.int64) * HV + hv
     one, unscale = tl.load(served + at) > 0, 1.0 / tl.load(scales + at)
     start += tile * 16
-    row, dim = tl.arange(0, 16), tl.arange(0, K)
+    row = tl.arange(0, 16)
     r, d = row[:, None], dim[None, :]
     valid = row < (stop - start).to(tl.int32)
     inside = valid[:, None]
@@ -48,9 +53,8 @@ def token_backward_kernel(
     dx, of_A = gate_gradient(x, g, dg, amount, lower_bound, GATE, DOT)
     tl.store(d_gate + out, dx.to(d_gate.dtype.element_ty), inside)
     if GATE != 0:
-        tile_at = (chunk.to(tl.int64) * 4 + tile) * HV + hv
-        tl.store(d_bias + tile_at * K + dim, tl.sum(tl.where(inside, dx, 0.0), 0))
-        tl.store(d_A + tile_at * 16 + row, tl.sum(tl.where(inside, of_A, 0.0), 1))
+        tl.store(partial + tile_sums + hv * K + dim, tl.sum(tl.where(inside, dx, 0.0), 0))
+        tl.store(partial + tile_sums + HV * K + hv, tl.sum(tl.sum(tl.where(inside, of_A, 0.0), 1), 0))
     up, down = since_anchor(g, anchors + at * 4 * K, totals + at * 4 * K, tile, one, dim, K)
     up, down = power2(up, DOT), power2(down, DOT)
     norm, token = norms + at * 2 * C + tile * 16 + row, sums + at * 4 * C + tile * 16 + row
