@@ -95,6 +95,12 @@ def _train(*inputs: Any) -> tuple[Tensor, ...]:
     return output, state, *saved
 
 
+def _rehearse_training(*inputs: Any) -> None:
+    """The backward, too, which will come: of the output alone, as is usual."""
+    output, _, *saved = _train(*inputs)
+    _backward(*inputs, saved, output, torch.empty_like(output), None)
+
+
 def _train_fake(*inputs: Any) -> tuple[Tensor, ...]:
     from kimi_linear.kernels.triton.saved import shapes_of
 
@@ -141,17 +147,22 @@ BACKWARD = define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
+    rehearse=_backward,
 )
-FORWARD = define(f"chunk_kda_forward({_INPUTS}) -> (Tensor, Tensor)", kernel=_forward, fake=_forward_fake)
+FORWARD = define(
+    f"chunk_kda_forward({_INPUTS}) -> (Tensor, Tensor)", kernel=_forward, fake=_forward_fake, rehearse=_forward
+)
 TRAIN = define(
     f"chunk_kda_train({_INPUTS}) -> ({', '.join(['Tensor'] * (2 + _SAVED))})",
     kernel=_train,
     fake=_train_fake,
     setup_context=_setup,
     backward=_gradients,
+    rehearse=_rehearse_training,
 )
 STATES = define(
     f"chunk_kda_states({_INPUTS}, int[] sequences, int[] tokens) -> (Tensor, Tensor, Tensor)",
     kernel=_states,
     fake=_states_fake,
+    rehearse=_states,
 )

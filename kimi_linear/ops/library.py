@@ -33,6 +33,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    rehearse: Callable[..., object] | None = None,
 ) -> Operator:
     """Register ``torch.ops.kimi_linear.<name>`` and return its overload, which is called by position.
 
@@ -46,6 +47,8 @@ def define(
             ``torch.library.register_autograd``. Only with ``backward``.
         backward: ``(ctx, *gradients)`` to the gradients of the inputs, by calling another operator. Without one, asking
             for a gradient raises.
+        rehearse: for an operation of many Triton kernels, what runs without launching anything, so that a first call finds out
+            what to compile: ``kernel``, or more where more will be needed soon. See kernels/triton/compile_ahead.py.
 
     Returns:
         The overload ``torch.ops.kimi_linear.<name>.default``.
@@ -53,19 +56,23 @@ def define(
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, ("cpu", "cuda"), _on_device(name, kernel))
+    torch.library.impl(qualified, ("cpu", "cuda"), _on_device(name, kernel, rehearse))
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward or _no_gradient(name), setup_context=setup_context)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _on_device(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _on_device(name: str, kernel: Callable[..., Any], rehearse: Callable[..., object] | None) -> Callable[..., Any]:
     """``kernel`` with the device of its first argument current, which is the device that Triton launches on."""
 
     def run(x: Tensor, *rest: Any) -> Any:
         if x.is_cuda:
             with torch.cuda.device(x.device):
-                return kernel(x, *rest)
+                if rehearse is None:
+                    return kernel(x, *rest)
+                from kimi_linear.kernels.triton.compile_ahead import call
+
+                return call(name, kernel, rehearse, (x, *rest))
         if not interpreted():
             raise RuntimeError(
                 f"{NAMESPACE}::{name}: expected CUDA tensors, got {x.device}; kimi_linear.ops with impl='auto' takes any "

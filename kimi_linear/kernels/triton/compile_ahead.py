@@ -1,0 +1,196 @@
+"""The first call of an operation of many kernels: all that it lacks are compiled side by side.
+
+Triton compiles a kernel when it is first launched, so a call that lacks eleven waits for one after the other, and after each for
+a C compiler that makes its launcher. Here the first launch whose kernel is not in memory stops for a rehearsal: the operation
+runs again from its start, on the same tensors, but launches nothing and writes down every kernel that it lacks. These are
+compiled in threads, which is done soon after the slowest is, as Triton lets go of Python's lock in all its passes. Then the call
+goes on.
+
+Nothing is guessed about which kernels there are: a new dtype, head size or kind of gate is noticed by the launch that lacks its
+kernel, and a call that lacks none sets one context variable. Nor can a result change: what a rehearsal computes is thrown away,
+and what could not be compiled ahead is compiled by its launch, which raises what there is to raise.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import getclosurevars
+from typing import Any
+
+from triton.runtime._async_compile import active_mode
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+THREADS = "KIMI_LINEAR_COMPILE_THREADS"
+"""Environment variable: most kernels that are compiled at a time, as many as there are cores if not set; 1: no rehearsals."""
+
+log = logging.getLogger(__name__)
+
+
+def call(name: str, kernel: Callable[..., Any], rehearse: Callable[..., object], arguments: tuple[Any, ...]) -> Any:
+    """``kernel(*arguments)``, with what it lacks compiled side by side.
+
+    Args:
+        name: of the operation, for the log.
+        kernel: launches Triton kernels on the current device.
+        rehearse: launches the same on the same arguments, and more where more will be needed soon, such as a backward. What
+            its kernels should have written is not there, so it must not read numbers, and write none but its own.
+        arguments: as both take them.
+
+    Raises:
+        ValueError: ``KIMI_LINEAR_COMPILE_THREADS`` is no number from 1 on; it is read when a kernel is missing.
+    """
+    if active_mode.get() is not None:  # somebody compiles in a way of their own
+        return kernel(*arguments)
+    token = active_mode.set(_Call(name, rehearse, arguments))  # type: ignore[arg-type]
+    try:
+        return kernel(*arguments)
+    finally:
+        active_mode.reset(token)
+
+
+class _Call:
+    """What Triton turns to for a kernel that is not in memory, while one call of an operation runs."""
+
+    __slots__ = ("arguments", "name", "rehearse")
+
+    def __init__(self, name: str, rehearse: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
+        self.name, self.rehearse, self.arguments = name, rehearse, arguments
+
+    def submit(self, key: str, compile_kernel: Callable[[], Any], finish: Callable[[Any], None], *_: Any) -> Any:
+        found = None
+        if self.rehearse is not None:
+            rehearse, self.rehearse = self.rehearse, None  # once in a call
+            found = _compile_all(self.name, rehearse, self.arguments).get(key)
+        if found is None:
+            found = compile_kernel()
+            finish(found)
+        return found
+
+
+def _compile_all(name: str, rehearse: Callable[..., object], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """By Triton's keys, the kernels that ``rehearse(*arguments)`` launches and that were not in memory; they are now."""
+    threads, start, found = _threads(), time.monotonic(), {}
+    if threads == 1:
+        return found
+    rehearsal = _Rehearsal()
+    try:
+        with rehearsal.nothing_is_launched():
+            rehearse(*arguments)
+    except Exception:  # such as too little memory for a backward besides
+        log.warning("%s: rehearsal failed; kernels may be compiled one after the other", name, exc_info=True)
+    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+        for key, missing, future in _compiling(rehearsal.missing, pool):
+            try:
+                found[key] = future.result()
+                missing.finish(found[key])
+            except Exception as error:
+                log.warning("%s: %s was not compiled ahead: %s: %s", name, missing.kernel, type(error).__name__, error)
+    log.debug("%s: %d kernels compiled or read in %.2f s", name, len(found), time.monotonic() - start)
+    return found
+
+
+def _threads() -> int:
+    given = os.environ.get(THREADS)
+    if given is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"{THREADS}: expected how many kernels to compile at a time, 1 or more, got {given!r}")
+    return int(given)
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """A kernel that is not in memory: its name, Triton's source of it, and the two halves of compiling it."""
+
+    kernel: str
+    source: Any
+    compile_kernel: Callable[[], Any]
+    finish: Callable[[Any], None]
+
+    @property
+    def size(self) -> int:
+        return 0 if self.source is None else len(self.source.fn.src)
+
+
+class _Rehearsal:
+    """What Triton turns to for a kernel that is not in memory, while an operation is rehearsed."""
+
+    _one_at_a_time = threading.Lock()
+
+    def __init__(self) -> None:
+        self.kernel, self.missing = "", dict[str, _Missing]()
+
+    def submit(self, key: str, compile_kernel: Callable[[], Any], finish: Callable[[Any], None], *_: Any) -> None:
+        """Nothing comes back, so Triton has nothing to launch."""
+        if key not in self.missing:
+            source = getclosurevars(compile_kernel).nonlocals.get("src")
+            self.missing[key] = _Missing(self.kernel, source, compile_kernel, finish)
+
+    @contextmanager
+    def nothing_is_launched(self) -> Iterator[None]:
+        """By this thread; kernels that are in memory would read what others should have written."""
+        with self._one_at_a_time:
+            run = JITFunction.run
+
+            def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+                if active_mode.get() is self:
+                    self.kernel, warmup = kernel.__name__, True
+                return run(kernel, *args, grid=grid, warmup=warmup, **keywords)
+
+            JITFunction.run = compile_only
+            before = active_mode.set(self)  # type: ignore[arg-type]
+            try:
+                yield
+            finally:
+                active_mode.reset(before)
+                JITFunction.run = run
+
+
+def _compiling(missing: dict[str, _Missing], pool: ThreadPoolExecutor) -> list[tuple[str, _Missing, Future[Any]]]:
+    """Started, the longest source first, and after them their launchers, which depend on the types of arguments alone.
+
+    Python's part of a compilation, from its source to Triton's first language, is a tenth of the whole and holds Python's lock.
+    If eleven threads shared that by turns, all would be late for the rest; so one goes through it at a time.
+    """
+    turn = threading.Lock()
+    ordered = sorted(missing.items(), key=lambda item: -item[1].size)
+    sources = [m.source for _, m in ordered if m.source is not None]
+    for source in sources:
+        source.make_ir = _in_turn(source.make_ir, turn)
+    started = [(key, m, pool.submit(m.compile_kernel)) for key, m in ordered]
+    launcher = getattr(driver.active, "launcher_cls", None)
+    if launcher is not None:
+        for source in sources:
+            pool.submit(_make_launcher, launcher, source)
+    return started
+
+
+def _make_launcher(launcher: Callable[..., Any], source: Any) -> None:
+    """Leaves the C code that hands a kernel its arguments, compiled, in Triton's cache, where the launch finds it."""
+    try:
+        launcher(source, _Unknown())
+    except Exception as error:  # the launch makes it itself, or raises
+        log.debug("launcher of %s was not made ahead: %s: %s", source.fn.__name__, type(error).__name__, error)
+
+
+def _in_turn(function: Callable[..., Any], turn: threading.Lock) -> Callable[..., Any]:
+    def run(*args: Any, **keywords: Any) -> Any:
+        with turn:
+            return function(*args, **keywords)
+
+    return run
+
+
+class _Unknown:
+    """A kernel's metadata before it is compiled."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
