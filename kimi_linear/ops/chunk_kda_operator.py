@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,10 +95,37 @@ def _train(*inputs: Any) -> tuple[Tensor, ...]:
     return output, state, *saved
 
 
+def _lengths(*inputs: Any) -> Iterator[tuple[Any, ...]]:
+    """The inputs, and where other lengths need other kernels, which are those that cut a sequence into segments, others like them
+    of such a length: one token, or enough for segments, as the inputs are not."""
+    from kimi_linear.kernels.triton.cuts import choose_cut, plan
+    from kimi_linear.kernels.triton.saved import CHUNK, count_chunks
+
+    yield inputs
+    *rows, A_log, dt_bias, initial_state, cu_seqlens = inputs[: _DIFFERENTIABLE + 1]
+    (batch, tokens, _, _), (v_heads, value_dim) = rows[0].shape, rows[2].shape[2:]
+    cut, packed = choose_cut(v_heads, value_dim), cu_seqlens is not None
+    if cut.most < cut.FEWEST:
+        return
+    sequences = cu_seqlens.shape[0] - 1 if packed else batch
+    now = plan(cut, sequences, count_chunks(batch, tokens, sequences, packed), packed).boundaries
+    tokens = 1 if now else cut.FEWEST * cut.least * CHUNK
+    others = [x.new_empty(1, tokens, *x.shape[2:]) for x in rows]
+    state = None if initial_state is None else initial_state.new_empty(1, *initial_state.shape[1:])
+    lengths = cu_seqlens.new_tensor([0, tokens]) if packed else None
+    yield (*others, A_log, dt_bias, state, lengths, *inputs[_DIFFERENTIABLE + 1 :])
+
+
+def _rehearse(*inputs: Any) -> None:
+    for some in _lengths(*inputs):
+        _forward(*some)
+
+
 def _rehearse_training(*inputs: Any) -> None:
     """The backward, too, which will come: of the output alone, as is usual."""
-    output, _, *saved = _train(*inputs)
-    _backward(*inputs, saved, output, torch.empty_like(output), None)
+    for some in _lengths(*inputs):
+        output, _, *saved = _train(*some)
+        _backward(*some, saved, output, torch.empty_like(output), None)
 
 
 def _train_fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -150,7 +177,7 @@ BACKWARD = define(
     rehearse=_backward,
 )
 FORWARD = define(
-    f"chunk_kda_forward({_INPUTS}) -> (Tensor, Tensor)", kernel=_forward, fake=_forward_fake, rehearse=_forward
+    f"chunk_kda_forward({_INPUTS}) -> (Tensor, Tensor)", kernel=_forward, fake=_forward_fake, rehearse=_rehearse
 )
 TRAIN = define(
     f"chunk_kda_train({_INPUTS}) -> ({', '.join(['Tensor'] * (2 + _SAVED))})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -54,8 +55,15 @@ def broken(x):
 class Driver(_Driver):
     """Under a number of its own, so that no other test has left kernels in memory."""
 
+    launcher_cls: Callable[..., Any] | None = None
+    _numbers = itertools.count(1000)
+
+    def __init__(self, arch: int) -> None:
+        super().__init__(arch)
+        self.number = next(self._numbers)
+
     def get_current_device(self) -> int:
-        return 1000 + self.arch
+        return self.number
 
 
 @dataclass
@@ -284,8 +292,8 @@ def test_training_has_its_backward_compiled_too(machine: Machine) -> None:
     """The operations' own functions, all kernels of which are found in threads during the forward's first launch."""
     from kimi_linear.ops import chunk_kda_operator as operator
 
-    rows = (torch.zeros(1, 100, 1, 32, dtype=torch.bfloat16) for _ in range(4))
-    inputs = (*rows, torch.zeros(1, 100, 1), torch.zeros(1), torch.zeros(32), None, None, None, 1.0, True)
+    rows = (torch.zeros(1, 100, 64, 32, dtype=torch.bfloat16) for _ in range(4))  # so many heads need no segments
+    inputs = (*rows, torch.zeros(1, 100, 64), torch.zeros(64), torch.zeros(64, 32), None, None, None, 1.0, True)
     output, _, *saved = compile_ahead.call("train", operator._train, operator._rehearse_training, inputs)
     assert {thread for _, thread in machine.compiled} == {"compile"}
     before = len(machine.compiled)
@@ -293,6 +301,26 @@ def test_training_has_its_backward_compiled_too(machine: Machine) -> None:
     compile_ahead.call("backward", operator._backward, pytest.fail, gradients)
     assert len(machine.compiled) == before
     assert len(machine.launched) == len(set(machine.launched)) == before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("first", "other"), [(100, 2300), (2300, 100)])
+def test_lengths_that_need_other_kernels_have_them_compiled_too(
+    machine: Machine, first: int, other: int, packed: bool
+) -> None:
+    """A sequence of one head is cut into segments from 2,048 tokens on."""
+    from kimi_linear.ops import chunk_kda_operator as operator
+
+    def inputs(tokens: int) -> tuple[Any, ...]:
+        rows = (torch.zeros(1, tokens, 1, 32, dtype=torch.bfloat16) for _ in range(4))
+        lengths = torch.tensor([0, tokens]) if packed else None
+        return (*rows, torch.zeros(1, tokens, 1), None, None, None, lengths, None, 1.0, True)
+
+    compile_ahead.call("op", operator._forward, operator._rehearse, inputs(first))
+    before = len(machine.compiled)
+    assert {name for name, _ in machine.compiled} >= {"build_kernel", "combine_kernel", "scan_kernel", "solve_kernel"}
+    compile_ahead.call("op", operator._forward, pytest.fail, inputs(other))
+    assert len(machine.compiled) == before
 
 
 @pytest.mark.unchecked_shapes  # a tensor on a GPU that is not there
