@@ -112,7 +112,7 @@ def _lengths(*inputs: Any) -> Iterator[tuple[Any, ...]]:
     tokens = 1 if now else cut.FEWEST * cut.least * CHUNK
     others = [x.new_empty(1, tokens, *x.shape[2:]) for x in rows]
     state = None if initial_state is None else initial_state.new_empty(1, *initial_state.shape[1:])
-    lengths = cu_seqlens.new_tensor([0, tokens]) if packed else None
+    lengths = torch.arange(0, 2 * tokens, tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device) if packed else None
     yield (*others, A_log, dt_bias, state, lengths, *inputs[_DIFFERENTIABLE + 1 :])
 
 

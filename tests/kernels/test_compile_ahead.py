@@ -282,6 +282,13 @@ def test_the_switch(machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: p
             compile_ahead.call("op", forward, forward, (X,))
 
 
+def test_nothing_is_rehearsed_into_a_cuda_graph(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert compile_ahead.call("op", forward, pytest.fail, (X,)) == "result"
+    assert machine.compiled == [("add", "MainThread"), ("scale", "MainThread")]
+
+
 def test_a_mode_that_somebody_else_has_set_is_left_alone(machine: Machine) -> None:
     with ThreadPoolExecutor(1, "theirs") as pool, triton.AsyncCompileMode(pool):
         compile_ahead.call("op", lambda x: add.warmup(x, 1, grid=(1,)), pytest.fail, (X,))

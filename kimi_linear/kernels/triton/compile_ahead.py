@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from inspect import getclosurevars
 from typing import Any
 
+import torch
 from triton.runtime._async_compile import active_mode
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -78,7 +79,7 @@ class _Call:
 def _compile_all(name: str, rehearse: Callable[..., object], arguments: tuple[Any, ...]) -> dict[str, Any]:
     """By Triton's keys, the kernels that ``rehearse(*arguments)`` launches and that were not in memory; they are now."""
     threads, start, found = _threads(), time.monotonic(), {}
-    if threads == 1:
+    if threads == 1 or _is_recorded():
         return found
     rehearsal = _Rehearsal()
     try:
@@ -95,6 +96,11 @@ def _compile_all(name: str, rehearse: Callable[..., object], arguments: tuple[An
                 log.warning("%s: %s was not compiled ahead: %s: %s", name, missing.kernel, type(error).__name__, error)
     log.debug("%s: %d kernels compiled or read in %.2f s", name, len(found), time.monotonic() - start)
     return found
+
+
+def _is_recorded() -> bool:
+    """Into a CUDA graph, in which a rehearsal's fills and copies would be left behind."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _threads() -> int:
