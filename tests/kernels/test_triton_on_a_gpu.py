@@ -24,8 +24,8 @@ CLASSES = {  # dtype, K, V as at each gate and layout; limits of results and of 
     "bf16, K=256": (torch.bfloat16, 256, 256, LIMIT, GRADIENT_LIMIT),
     "fp32": (torch.float32, 128, 128, 1e-5, 1e-4),
 }
-CANCELLED = {torch.bfloat16: 5e-3, torch.float32: 5e-4}
-"""Limit for the gradients of A_log and dt_bias, measured by the sizes of the terms that cancel in them. In fp32 a running log2-decay of
+CANCELLED = {torch.bfloat16: 3e-3, torch.float32: 5e-4}
+"""Limit for the gradients of A_log and dt_bias where their terms cancel, measured by the sizes of these; the usual one holds elsewhere. In fp32 a running log2-decay of
 hundreds is known to 2^-16, and the gate's derivative favours the strong steps."""
 WIDTHS = [(name, K, V) for name in ("bf16", "fp32") for K in (32, 64, 128, 256) for V in (32, 64, 128, 256)
           if name == "bf16" or K < 256]  # fmt: skip
@@ -102,8 +102,11 @@ def assert_gradients(found: list[torch.Tensor], true: list[torch.Tensor], wide: 
     if "gate.x" in names:
         sizes[5:7] = sizes_of_sums(wide, true[4])
     for name, a, b, size in zip(names, found, true, sizes, strict=True):
-        error = ((a.double() - b).norm() / size.norm()).item()
-        assert error < (CANCELLED[found[0].dtype] if name in ("gate.A_log", "gate.dt_bias") else limit), name
+        error, cancelled = relative_error(a, b), ((a.double() - b).norm() / size.norm()).item()
+        if name in ("gate.A_log", "gate.dt_bias"):
+            assert error < limit or cancelled < CANCELLED[found[0].dtype], (name, error, cancelled)
+        else:
+            assert error < limit, (name, error)
 
 
 @pytest.mark.parametrize("raw", [True, False])

@@ -252,44 +252,25 @@ def test_mamba2_is_kda_that_erases_next_to_nothing(gate: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 65, 300])
-def test_mamba2_through_the_kernels_of_kda_on_a_gpu(tokens: int) -> None:
+@pytest.mark.parametrize("op", ["chunk_gdn", "chunk_mamba2"])
+def test_through_the_kernels_of_kda_on_a_gpu(op: str, tokens: int) -> None:
     """Output, state and gradients within the rounding of bf16 inputs, against the recurrence in fp64."""
     draw = torch.Generator("cuda").manual_seed(0)
     shape = (2, tokens, 2, 64)
     q, k, v = (torch.randn(shape, generator=draw, device="cuda").bfloat16() for _ in range(3))
-    g = -torch.rand(shape[:3], generator=draw, device="cuda")
-    given = [x.requires_grad_() for x in (q, k, v, g)]
-    wide = [x.detach().double().requires_grad_() for x in given]
-    expected = recurrence(wide[0], l2_normalize(wide[1]), *wide[2:], None, torch.zeros(2, 2, 64, 64, device="cuda").double())  # fmt: skip
-    out = chunk_mamba2(q, l2_normalize(k), v, g, impl="triton")
-    weights = torch.randn(shape, generator=draw, device="cuda").double()
-    ours = torch.autograd.grad((out.output.double() * weights).sum(), given)
-    exact = torch.autograd.grad((expected[0] * weights).sum(), wide)
-    for name, x, y in zip(
-        ("output", "final_state", "dq", "dk", "dv", "dg"), (*out, *ours), (*expected, *exact), strict=True
-    ):
-        error = (x.double() - y).norm() / y.norm().clamp(min=1e-9)
-        assert error < 1.5e-2, f"{name}: {error:.2e}"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 65, 300])
-def test_gdn_through_the_kernels_of_kda_on_a_gpu(tokens: int) -> None:
-    """Output, state and gradients within the rounding of bf16 inputs, against the recurrence in fp64."""
-    draw = torch.Generator("cuda").manual_seed(0)
-    shape = (2, tokens, 2, 64)
-    q, k, v = (torch.randn(shape, generator=draw, device="cuda").bfloat16() for _ in range(3))
-    g = -torch.rand(shape[:3], generator=draw, device="cuda")
     beta = torch.rand(shape[:3], generator=draw, device="cuda")
-    given = [x.requires_grad_() for x in (q, k, v, g, beta)]
-    wide = [x.detach().double().requires_grad_() for x in given]
-    expected = recurrence(wide[0], l2_normalize(wide[1]), *wide[2:], torch.zeros(2, 2, 64, 64, device="cuda").double())
-    out = chunk_gdn(q, l2_normalize(k), v, g, beta, impl="triton")
+    given = {"q": q, "k": k, "v": v, "g": -torch.rand(shape[:3], generator=draw, device="cuda")}
+    given |= {"beta": beta} if op == "chunk_gdn" else {}
+    given = {name: x.requires_grad_() for name, x in given.items()}
+    wide = {name: x.detach().double().requires_grad_() for name, x in given.items()}
+    state = torch.zeros(2, 2, 64, 64, device="cuda", dtype=torch.float64)
+    expected = recurrence(wide["q"], l2_normalize(wide["k"]), wide["v"], wide["g"], wide.get("beta"), state)
+    q, k, *rest = given.values()
+    out = OPS[op](q, l2_normalize(k), *rest, impl="triton")
     weights = torch.randn(shape, generator=draw, device="cuda").double()
-    ours = torch.autograd.grad((out.output.double() * weights).sum(), given)
-    exact = torch.autograd.grad((expected[0] * weights).sum(), wide)
-    for name, x, y in zip(
-        ("output", "final_state", "dq", "dk", "dv", "dg", "dbeta"), (*out, *ours), (*expected, *exact), strict=True
-    ):
+    ours = torch.autograd.grad((out.output.double() * weights).sum(), list(given.values()))
+    exact = torch.autograd.grad((expected[0] * weights).sum(), list(wide.values()))
+    names = ("output", "final_state", *(f"d{name}" for name in given))
+    for name, x, y in zip(names, (*out, *ours), (*expected, *exact), strict=True):
         error = (x.double() - y).norm() / y.norm().clamp(min=1e-9)
         assert error < 1.5e-2, f"{name}: {error:.2e}"
