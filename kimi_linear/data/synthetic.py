@@ -6,7 +6,7 @@ scored positions only. The target at a position is what the model has to predict
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -111,6 +111,8 @@ class MQAR:
     """Keys asked for. None is asked for again before all have been; where there are more queries than pairs, again they are."""
     vocab: int = 512
     """Symbols: keys are the first half, values the second."""
+    distinct: bool = False
+    """Whether no value appears twice in a sequence, as in the paper's example: then counting values says nothing."""
 
     name = "mqar"
 
@@ -122,14 +124,24 @@ class MQAR:
                 f"{self.num_pairs}; raise vocab to {2 * self.num_pairs}"
             )
 
+    def __repr__(self) -> str:
+        """Without ``distinct`` where it is False: the study seeds its sequences by this text, and older results keep theirs."""
+        shown = [f.name for f in fields(self) if f.name != "distinct" or self.distinct]
+        return f"MQAR({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
     @staticmethod
-    def for_length(tokens: int, *, vocab: int | None = None, asked: int = 1) -> MQAR:
+    def for_length(tokens: int, *, vocab: int | None = None, asked: int = 1, distinct: bool = False) -> MQAR:
         """The largest task of at most ``tokens`` tokens in which each key is asked for ``asked`` times.
 
         Half of ``vocab`` are keys; there are as many as pairs where it is None.
         """
         pairs = (tokens - 1) // (2 + asked)
-        return MQAR(num_pairs=pairs, num_queries=asked * pairs, vocab=2 * pairs if vocab is None else vocab)
+        return MQAR(
+            num_pairs=pairs,
+            num_queries=asked * pairs,
+            vocab=2 * pairs if vocab is None else vocab,
+            distinct=distinct,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -150,7 +162,10 @@ class MQAR:
         """``batch_size`` fresh sequences on the generator's device."""
         num_keys = self.vocab // 2
         keys = _distinct(num_keys, self.num_pairs, batch_size, generator)
-        values = num_keys + _randint(self.vocab - num_keys, keys.shape, generator)
+        if self.distinct:
+            values = num_keys + _distinct(self.vocab - num_keys, self.num_pairs, batch_size, generator)
+        else:
+            values = num_keys + _randint(self.vocab - num_keys, keys.shape, generator)
         rounds = [min(self.num_pairs, self.num_queries - i) for i in range(0, self.num_queries, self.num_pairs)]
         asked = torch.cat([_distinct(self.num_pairs, count, batch_size, generator) for count in rounds], 1)
         pairs = torch.stack([keys, values], 2).flatten(1)

@@ -71,13 +71,15 @@ class SyntheticConfig:
     """Inner width of the feed-forward."""
     init_std: float = 0.02
     """Standard deviation of the first weights."""
-    dt_shift: float = -3.0
-    """Added to every dt_bias at the start; -3 makes memories live twenty times as long, so about as long as a sequence."""
+    dt_shift: float = -6.0
+    """Added to every dt_bias at the start; -6 makes memories live four hundred times as long, so longer than a sequence."""
     decay_rate: float = 1.0
     """Learning rate of A_log and dt_bias, in learning rates of the rest: they are of size 1 to 5, weights of size 0.02."""
+    gate_rate: float = 1.0
+    """Learning rate of the projections to the forgetting gate, in learning rates of the rest."""
     warmup: int = 200
     """Steps in which the learning rate rises."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate afterwards: constant, or half a cosine to a tenth at ``steps``."""
     weight_decay: float = 0.1
     """Of matrices; norms, A_log and dt_bias have none."""
@@ -93,6 +95,8 @@ class SyntheticConfig:
     """Symbols of the recall task, half of them keys; as many keys as a sequence holds where None."""
     mqar_asked: int = 1
     """How often each key is asked for."""
+    mqar_distinct: bool = True
+    """Whether no value of the recall task appears twice in a sequence, as in the paper's example."""
     stacks: int = 64
     """Independent stacks."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -121,8 +125,9 @@ class SyntheticConfig:
         for name in ("seeds", "steps", "patience", "flat", "point_every", "batch_size", "lanes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.decay_rate > 0:
-            raise ValueError(f"decay_rate: expected more than 0, got {self.decay_rate}")
+        for name in ("decay_rate", "gate_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         for name in ("seconds_budget", "admit_seconds"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -251,7 +256,9 @@ def task_of(config: SyntheticConfig, cell: Cell) -> Palindrome | MQAR | Stack:
     if cell.task == "palindrome":
         return Palindrome.for_length(cell.length, vocab=config.palindrome_symbols, distinct=config.palindrome_distinct)
     if cell.task == "mqar":
-        return MQAR.for_length(cell.length, vocab=config.mqar_symbols, asked=config.mqar_asked)
+        return MQAR.for_length(
+            cell.length, vocab=config.mqar_symbols, asked=config.mqar_asked, distinct=config.mqar_distinct
+        )
     return Stack.for_length(cell.length, num_stacks=config.stacks, vocab=config.symbols)
 
 
@@ -281,7 +288,8 @@ def lane_of(config: SyntheticConfig, cell: Cell) -> LaneConfig:
     """How a cell is trained."""
     from kimi_linear.studies.synthetic_training import LaneConfig
 
-    same = ("steps", "flat", "batch_size", "warmup", "schedule", "weight_decay", "grad_clip", "dt_shift", "decay_rate")
+    same = ("steps", "flat", "batch_size", "warmup", "schedule", "weight_decay", "grad_clip")
+    same += ("dt_shift", "decay_rate", "gate_rate")
     return LaneConfig(
         task=task_of(config, cell),
         model=model_of(config, cell),

@@ -34,6 +34,9 @@ POOL_NUMBERS = 1 << 23
 """Tokens that are drawn at a time, 64 MiB of them: the stacks' generator takes thousands of launches."""
 PROGRESS = 0.01
 """Part of the loss that has to go for a training to be getting on."""
+DECAYS = ("A_log", "dt_bias")
+GATES = ("f_a_proj.weight", "f_b_proj.weight", ".a_proj.weight")
+"""What makes the forgetting gate of a token: KDA's projections, and that of GDN and Mamba-2."""
 WARM_STEPS = 3
 """Eager steps before a capture: kernels compile, libraries allocate, the optimizer makes its state."""
 
@@ -66,6 +69,8 @@ class LaneConfig:
     """Added to every dt_bias at the start; -1 makes memories live about 2.7 times as long."""
     decay_rate: float
     """Learning rate of A_log and dt_bias, in learning rates of the rest."""
+    gate_rate: float
+    """Learning rate of the projections to the forgetting gate, in learning rates of the rest."""
     point_every: int
     """Steps per point of the curve."""
     until: float
@@ -159,8 +164,8 @@ class Lane:
         self._count = torch.zeros((), dtype=torch.float32, device=device)
         self._sums = torch.zeros(5, dtype=torch.float64, device=device)
         self._lr = torch.zeros((), dtype=torch.float32, device=device)
-        self._decay_lr = torch.zeros_like(self._lr)
-        self._optimizer = _adamw(self.model, config, self._lr, self._decay_lr)
+        self._decay_lr, self._gate_lr = torch.zeros_like(self._lr), torch.zeros_like(self._lr)
+        self._optimizer = _adamw(self.model, config, self._lr, self._decay_lr, self._gate_lr)
         self.stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ahead: deque[Any] = deque()  # events of CUDA
@@ -293,6 +298,7 @@ class Lane:
             rate = rate * (0.55 + 0.45 * torch.cos(math.pi * done))
         self._lr.copy_(config.lr * rate)
         self._decay_lr.copy_(config.lr * config.decay_rate * rate)
+        self._gate_lr.copy_(config.lr * config.gate_rate * rate)
 
     def _measure(self) -> None:
         if self.stream is None:
@@ -337,19 +343,23 @@ def run_lanes(lanes: list[Lane]) -> bool:
     return any(moved)
 
 
-def _adamw(model: KimiLinear, config: LaneConfig, lr: Tensor, decay_lr: Tensor) -> torch.optim.AdamW:
-    """AdamW over the groups that all our trainings have, A_log and dt_bias apart, with rates and steps on the device."""
+def _adamw(model: KimiLinear, config: LaneConfig, lr: Tensor, decay_lr: Tensor, gate_lr: Tensor) -> torch.optim.AdamW:
+    """AdamW over the groups that all our trainings have, the forgetting gate's apart, with rates and steps on the device."""
     rules = TrainConfig(weight_decay=config.weight_decay, lr=config.lr)
     groups = build_optimizers(model, rules).parts["adamw"].param_groups
-    decays = {id(p) for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}
+    own = {id(p): rate for names, rate in ((DECAYS, decay_lr), (GATES, gate_lr)) for p in _named(model, names)}
     groups = [
         {"params": part, "weight_decay": group["weight_decay"], "lr": rate}
         for group in groups
-        for rate, own in ((lr, False), (decay_lr, True))
-        if (part := [p for p in group["params"] if (id(p) in decays) == own])
+        for rate in (lr, decay_lr, gate_lr)
+        if (part := [p for p in group["params"] if own.get(id(p), lr) is rate])
     ]
     on_gpu = lr.is_cuda
     return torch.optim.AdamW(groups, lr=lr, betas=rules.betas, fused=True, capturable=on_gpu)
+
+
+def _named(model: KimiLinear, names: tuple[str, ...]) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if name.endswith(names)]
 
 
 def _make_state(optimizer: torch.optim.AdamW) -> None:

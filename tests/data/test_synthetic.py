@@ -137,3 +137,23 @@ def test_symbols_for_a_length():
     assert MQAR.for_length(1024, vocab=2048) == MQAR(num_pairs=341, num_queries=341, vocab=2048)
     assert MQAR.for_length(1024, asked=2) == MQAR(num_pairs=255, num_queries=510, vocab=510)
     assert Palindrome.for_length(1024, vocab=None, distinct=True) == Palindrome(length=511, vocab=511, distinct=True)
+
+
+@pytest.mark.parametrize("vocab", [12, 40])
+def test_mqar_shows_no_value_twice_where_asked_to(vocab):
+    task = MQAR(num_pairs=6, num_queries=6, vocab=vocab, distinct=True)
+    batch = draw(task, batch_size=200)
+    values = batch.tokens[:, 1:12:2]
+    assert values.min() >= vocab // 2
+    assert values.max() < vocab
+    assert all(len(set(row)) == 6 for row in values.tolist())
+    assert len(set(map(tuple, values.tolist()))) > 100
+    # Every pair's value is asked for once.
+    assert torch.equal(batch.targets[:, -6:].sort(1).values, values.sort(1).values)
+
+
+def test_mqar_shows_as_it_did_before_values_could_be_distinct():
+    """Sequences of the study are seeded by this text."""
+    assert repr(MQAR(num_pairs=2, num_queries=3, vocab=8)) == "MQAR(num_pairs=2, num_queries=3, vocab=8)"
+    shown = "MQAR(num_pairs=2, num_queries=3, vocab=8, distinct=True)"
+    assert repr(MQAR(num_pairs=2, num_queries=3, vocab=8, distinct=True)) == shown

@@ -15,7 +15,7 @@ from kimi_linear.studies.synthetic_training import Lane, Point, load_lane, run_l
 SMALL = SyntheticConfig(
     tasks="mqar", mixers="kda,mamba2", lengths="16,32", curve_length=32, lrs="1e-2,1e-3", seeds=2, steps=12, point_every=4,
     batch_size=4, width=16, heads=1, head_dim=16, feed_forward=16, mqar_symbols=32, symbols=8, palindrome_symbols=8, palindrome_distinct=False, stacks=2, warmup=2,
-    precision="fp32", device="cpu",
+    schedule="constant", precision="fp32", device="cpu",
 )  # fmt: skip
 CELL = Cell(task="mqar", length=32, mixer="kda", lr=1e-2, seed=0)
 CPU = torch.device("cpu")
@@ -63,13 +63,13 @@ def test_a_lane_continues_from_its_checkpoint_bit_for_bit(steps: int, tmp_path) 
 
 
 def test_the_cosine_falls_to_a_tenth_at_the_last_step_and_goes_on_from_a_checkpoint() -> None:
-    change = {"schedule": "cosine", "steps": 22, "lr": 1e-2, "decay_rate": 10.0}
+    change = {"schedule": "cosine", "steps": 22, "lr": 1e-2, "decay_rate": 10.0, "gate_rate": 0.1}
     whole, rates = lane(**change), []
     for _ in range(22):
         whole._one_step()
-        rates.append((whole._lr.item(), whole._decay_lr.item()))
+        rates.append((whole._lr.item(), whole._decay_lr.item(), whole._gate_lr.item()))
     for step, rate in ((1, 5e-3), (2, 1e-2), (7, 1e-3 + 9e-3 * (2 + 2**0.5) / 4), (12, 5.5e-3), (22, 1e-3)):
-        assert rates[step - 1] == pytest.approx((rate, 10 * rate), rel=1e-6), step
+        assert rates[step - 1] == pytest.approx((rate, 10 * rate, 0.1 * rate), rel=1e-6), step
     first = lane(**change)
     for _ in range(13):
         first._one_step()
@@ -81,22 +81,36 @@ def test_the_cosine_falls_to_a_tenth_at_the_last_step_and_goes_on_from_a_checkpo
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2"])
-def test_the_decays_have_a_learning_rate_of_their_own(mixer: str) -> None:
+@pytest.mark.parametrize(
+    ("rate", "names", "mixer", "count"),
+    [
+        ("decay_rate", ("A_log", "dt_bias"), "kda", 4),
+        ("decay_rate", ("A_log", "dt_bias"), "gdn", 4),
+        ("decay_rate", ("A_log", "dt_bias"), "mamba2", 4),
+        ("gate_rate", ("f_a_proj.weight", "f_b_proj.weight"), "kda", 4),
+        ("gate_rate", ("self_attn.a_proj.weight",), "gdn", 2),
+        ("gate_rate", ("self_attn.a_proj.weight",), "mamba2", 2),
+    ],
+)
+def test_decays_and_gates_have_learning_rates_of_their_own(
+    rate: str, names: tuple[str, ...], mixer: str, count: int
+) -> None:
     """AdamW's first step moves a number without weight decay by the rate, whatever its gradient."""
     cell = replace(CELL, mixer=mixer)
-    start = {name: p.detach().clone() for name, p in lane(cell).model.named_parameters()}
+    # Short memories: where little is forgotten, gates have gradients as small as AdamW's epsilon.
+    same = {"warmup": 0, "weight_decay": 0.0, "dt_shift": 0.0}
+    start = {name: p.detach().clone() for name, p in lane(cell, **same).model.named_parameters()}
     moved = {}
-    for decay_rate in (1.0, 10.0):
-        trained = lane(cell, decay_rate=decay_rate, warmup=0)
+    for factor in (1.0, 10.0):
+        trained = lane(cell, **{rate: factor}, **same)
         trained._one_step()
-        moved[decay_rate] = {name: p.detach() - start[name] for name, p in trained.model.named_parameters()}
-    decays = [name for name in start if name.endswith(("A_log", "dt_bias"))]
-    assert len(decays) == 4
+        moved[factor] = {name: p.detach() - start[name] for name, p in trained.model.named_parameters()}
+    faster = [name for name in start if name.endswith(names)]
+    assert len(faster) == count
     for name in start:
-        ratio = 10.0 if name in decays else 1.0
+        ratio = 10.0 if name in faster else 1.0
         torch.testing.assert_close(moved[10.0][name], ratio * moved[1.0][name], rtol=1e-3, atol=2e-6)
-    assert max(moved[10.0][name].abs().max().item() for name in decays) == pytest.approx(10 * CELL.lr, rel=1e-2)
+    assert max(moved[10.0][name].abs().max().item() for name in faster) == pytest.approx(10 * CELL.lr, rel=1e-2)
 
 
 def test_sequences_depend_on_task_and_seed_only() -> None:

@@ -151,6 +151,7 @@ def test_a_run_in_pieces_ends_as_a_whole_one(tmp_path) -> None:
         ({"lrs": "1e-3,0.001"}, "lrs: expected each one once"),
         ({"patience": 0}, "patience: expected at least 1, got 0"),
         ({"decay_rate": 0.0}, "decay_rate: expected more than 0, got 0.0"),
+        ({"gate_rate": -1.0}, "gate_rate: expected more than 0, got -1.0"),
         ({"seconds_budget": -1.0}, "seconds_budget: expected at least 0 seconds"),
     ],
 )

@@ -58,7 +58,7 @@ TOYS = [
 def lane_of(toy: Toy, *, adds: bool = False) -> Lane:
     config = SyntheticConfig(
         layers=toy.layers, width=64, heads=1, head_dim=toy.head_dim, feed_forward=64, batch_size=32, warmup=10,
-        init_std=toy.init_std, dt_shift=toy.dt_shift, steps=toy.steps, point_every=20, precision="fp32",
+        init_std=toy.init_std, dt_shift=toy.dt_shift, steps=toy.steps, point_every=20, schedule="constant", precision="fp32",
     )  # fmt: skip
     cell = Cell(task=toy.task.name, length=toy.task.sequence_length, mixer="kda", lr=1e-2, seed=toy.seed)
     plan = synthetic.lane_of(config, cell)
