@@ -41,10 +41,13 @@ def problems() -> list[Problem]:
     ]  # fmt: skip
 
 
-def _grid(*, num_warps: tuple[int, ...] = (4,), num_stages: tuple[int, ...] = (1,), **constants: int) -> list[Config]:
+def _grid(
+    *, num_warps: tuple[int, ...] = (4,), num_stages: tuple[int, ...] = (1,), maxnreg: tuple[int | None, ...] = (None,),
+    **constants: int,
+) -> list[Config]:  # fmt: skip
     return [
-        Config(constants=constants, num_warps=warps, num_stages=stages)
-        for warps, stages in itertools.product(num_warps, num_stages)
+        Config(constants=constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+        for warps, stages, registers in itertools.product(num_warps, num_stages, maxnreg)
     ]
 
 
@@ -52,16 +55,19 @@ def _grid(*, num_warps: tuple[int, ...] = (4,), num_stages: tuple[int, ...] = (1
 # Of steep.py that is its flags, as nearly every program of it ends there.
 # Never 8 warps where a product has 32 columns: illegal memory accesses on sm_90 (Triton 3.6.0; docs/LOG.md).
 KERNELS: dict[str, tuple[list[Config], Callable[[int], float]]] = {
-    "kda_prepare": (_grid(num_warps=(1, 2, 4, 8)), lambda d: 12 * d + 2 * 4 * 4 * d / CHUNK),
-    "kda_steep": (_grid(num_warps=(1, 2, 4)), lambda d: 4 * 4 / CHUNK),
-    "kda_solve": (
+    "kda_prepare": (
         [
             config
-            for BP, (BK, BV) in itertools.product((32, 64, 128), ((64, 64), (128, 128)))
-            for config in _grid(BP=BP, BK=BK, BV=BV, num_warps=(4,), num_stages=(1, 2))
-        ]
-        + _grid(BP=128, BK=64, BV=64, num_warps=(8,)),
-        lambda d: 16 * d + 4 * CHUNK,
+            for BK in (64, 128)
+            for config in _grid(BK=BK, num_warps=(1, 2, 4), num_stages=(1, 2), maxnreg=(None, 168, 200))
+        ],
+        lambda d: 12 * d + 4 * CHUNK + 9 * 4 * d / CHUNK,
+    ),
+    "kda_steep": (_grid(num_warps=(1, 2, 4)), lambda d: 4 * 4 / CHUNK),
+    "kda_solve": (
+        [config for B in (64, 128) for config in _grid(BK=B, BV=B, maxnreg=(None, 168))]
+        + _grid(BK=64, BV=64, num_warps=(8,)),
+        lambda d: 8 * d + 4 * CHUNK,
     ),
     "kda_value_backward": (
         [config for BV in (32, 64, 128) for config in _grid(BV=BV, num_stages=(1, 2))],

@@ -16,7 +16,7 @@ _INPUTS = (
     "Tensor? cu_seqlens, float? lower_bound, float scale, bool normalize_qk"
 )
 _DIFFERENTIABLE = 8  # the first inputs; cu_seqlens and the numbers after them have no gradient
-_SAVED = 13  # tensors that a forward leaves for its backward: kernels/triton/saved.py
+_SAVED = 15  # tensors that a forward leaves for its backward: kernels/triton/saved.py
 
 
 def triton_chunk_kda(
@@ -96,24 +96,21 @@ def _train(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _lengths(*inputs: Any) -> Iterator[tuple[Any, ...]]:
-    """The inputs, and where other lengths need other kernels, which are those that cut a sequence into segments, others like them
-    of such a length: one token, or enough for segments, as the inputs are not."""
-    from kimi_linear.kernels.triton.cuts import choose_cut, plan
-    from kimi_linear.kernels.triton.saved import CHUNK, count_chunks
+    """Inputs of the same kernels and little memory: one sequence of a few tokens, and where long ones are cut into segments, which
+    takes other kernels, one that is."""
+    from kimi_linear.kernels.triton.cuts import Cut, choose_cut, may_be_cut
+    from kimi_linear.kernels.triton.saved import CHUNK
 
-    yield inputs
     *rows, A_log, dt_bias, initial_state, cu_seqlens = inputs[: _DIFFERENTIABLE + 1]
-    (batch, tokens, _, _), (v_heads, value_dim) = rows[0].shape, rows[2].shape[2:]
-    cut, packed = choose_cut(v_heads, value_dim), cu_seqlens is not None
-    if cut.most < cut.FEWEST:
-        return
-    sequences = cu_seqlens.shape[0] - 1 if packed else batch
-    now = plan(cut, sequences, count_chunks(batch, tokens, sequences, packed), packed).boundaries
-    tokens = 1 if now else cut.FEWEST * cut.least * CHUNK
-    others = [x.new_empty(1, tokens, *x.shape[2:]) for x in rows]
+    heads = rows[2].shape[2:]
     state = None if initial_state is None else initial_state.new_empty(1, *initial_state.shape[1:])
-    lengths = torch.arange(0, 2 * tokens, tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device) if packed else None
-    yield (*others, A_log, dt_bias, state, lengths, *inputs[_DIFFERENTIABLE + 1 :])
+    for tokens in (CHUNK, Cut.FEWEST * choose_cut(*heads).least * CHUNK)[: 1 + may_be_cut(*heads)]:
+        # Parts of what was given, as strides matter to a kernel.
+        some = [x[:1, :tokens] if x.shape[1] >= tokens else x.new_empty(1, tokens, *x.shape[2:]) for x in rows]
+        ends = None
+        if cu_seqlens is not None:
+            ends = torch.arange(0, 2 * tokens, tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        yield (*some, A_log, dt_bias, state, ends, *inputs[_DIFFERENTIABLE + 1 :])
 
 
 def _rehearse(*inputs: Any) -> None:

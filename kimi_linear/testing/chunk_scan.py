@@ -7,7 +7,7 @@ The kernels' own preparation is not used: factors come from the definition, pair
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,13 @@ class ScanInputs:
     def tensors(self) -> dict[str, Tensor]:
         """Every floating-point tensor by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and "cu_" not in name}
+
+    def stretch(self, begin: int, end: int) -> ScanInputs:
+        """Some chunks of a single sequence, between states and gradients of zero."""
+        parts = {name: x[begin:end] for name, x in self.tensors().items()}
+        parts |= {name: torch.zeros_like(x) for name, x in self.tensors().items() if name.endswith("_state")}
+        parts["d_output"] = self.d_output[:, begin * CHUNK : end * CHUNK].contiguous()
+        return ScanInputs(**parts, cu_seqlens=None, cu_chunks=None, lengths=(parts["d_output"].shape[1],))
 
     def repeated(self, *, heads: int = 1, times: int = 1) -> ScanInputs:
         """Larger ones for timing: every head ``heads`` times, and one sequence's chunks again and again, ``times`` times."""
@@ -110,6 +117,32 @@ def scan_inputs(
         cu_chunks=torch.tensor([0, *sizes], device=device).cumsum(0).to(torch.int32) if packed else None,
         lengths=tuple(lengths),
     )
+
+
+def patchy(weak: ScanInputs, strong: ScanInputs) -> ScanInputs:
+    """A third of the chunks of ``strong``, the others of ``weak``: of some stretches all is forgotten, of others nearly nothing."""
+    random = torch.Generator().manual_seed(0)
+    chosen = (torch.rand(weak.erase.shape[:2], generator=random) < 1 / 3).to(weak.erase.device)
+    parts = {
+        name: torch.where(chosen.view(*chosen.shape, *[1] * (x.ndim - 2)), getattr(strong, name), x)
+        for name, x in weak.tensors().items() if not name.endswith("_state") and name != "d_output"
+    }  # fmt: skip
+    return replace(weak, **parts)
+
+
+def forgotten(inputs: ScanInputs) -> Tensor:
+    """``forgets`` of the scan, [chunks, HV] fp32: log2 of the norm of Diag(decay) - erase^T write, above it by log2(K) / 32 at most.
+
+    Not log2 of the largest decay: keys carry a state from channel to channel, and each may forget at another time.
+    """
+    steps = inputs.erase.double().mT @ inputs.write.double()
+    steps = torch.diag_embed(inputs.decay.double()) - steps
+    largest = steps.abs().amax((-2, -1), keepdim=True)
+    power = steps / largest.clamp_min(torch.finfo(torch.float64).tiny)
+    power = power @ power.mT
+    for _ in range(3):  # the norm of A A^T to the eighth, by Frobenius, is above |A|^16 and at most sqrt(K) times it
+        power = power @ power
+    return (largest.squeeze((-2, -1)).log2() + power.norm(dim=(-2, -1)).log2() / 16).float()
 
 
 def _factors(parts: list[Tensor], scale: float) -> dict[str, Tensor]:

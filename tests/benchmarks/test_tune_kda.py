@@ -32,7 +32,7 @@ def test_a_candidate_is_judged_by_a_whole_call_and_timed_alone(monkeypatch: pyte
     monkeypatch.setattr(tune_kda, "WIDTH", 32)
     problem = next(p for p in tune_kda.problems() if (p.kernel, p.shape_class) == ("kda_prepare", "K=32 16 bit"))
     run = problem.build("cpu")
-    wide = Config(num_warps=8)
+    wide = Config(constants={"BK": 32}, num_warps=8)
     with compiled_for(90) as launches:
         results = run(wide)
     whole = [launch.kernel for launch in launches]

@@ -7,6 +7,7 @@ recurrence over chunks in fp64 and its gradients by autograd. Prints one line pe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from kimi_linear.kernels.triton.configs import Config
 from kimi_linear.kernels.triton.cuts import Cut, plan
 from kimi_linear.kernels.triton.scan import ScanResult, scan
 from kimi_linear.kernels.triton.scan_backward import ScanGradients, scan_backward
-from kimi_linear.testing.chunk_scan import ScanInputs, exact_scan, scan_inputs
+from kimi_linear.kernels.triton.segments import GONE, build
+from kimi_linear.testing.chunk_scan import ScanInputs, exact_scan, forgotten, patchy, scan_inputs
 from kimi_linear.testing.tolerances import relative_error
 
 torch.set_num_threads(1)
@@ -37,22 +39,24 @@ def compare(name: str, got: dict[str, Tensor | None], wanted: dict[str, Tensor])
 
 def run(
     case: ScanInputs, cut: Cut, save: bool = True, export: Sequence[tuple[int, int]] = (), initial: bool = True,
-    config: Config | None = None,
+    config: Config | None = None, forgets: Tensor | None = None,
 ) -> tuple[Tensor, ScanResult]:  # fmt: skip
     output = torch.full_like(case.d_output, torch.nan)
     result = scan(
         case.erase, case.u, case.read, case.write, case.pairs_q, case.decay, case.initial_state if initial else None,
-        output, case.cu_seqlens, case.cu_chunks, save=save, export=export, cut=cut, config=config, build_config=config,
+        output, case.cu_seqlens, case.cu_chunks, forgets=forgets, save=save, export=export, cut=cut, config=config, build_config=config,
     )  # fmt: skip
     return output, result
 
 
 def run_backward(
-    case: ScanInputs, operators: Tensor | None, cut: Cut, final: bool = True, config: Config | None = None
-) -> ScanGradients:
+    case: ScanInputs, result: ScanResult, cut: Cut, final: bool = True, config: Config | None = None,
+    forgets: Tensor | None = None,
+) -> ScanGradients:  # fmt: skip
     return scan_backward(
         case.erase, case.read, case.write, case.pairs_q, case.decay, case.d_output,
-        case.d_final_state if final else None, operators, case.cu_seqlens, case.cu_chunks, cut=cut, config=config,
+        case.d_final_state if final else None, result.operators, case.cu_seqlens, case.cu_chunks, forgets=forgets,
+        lost=result.lost, cut=cut, config=config,
     )  # fmt: skip
 
 
@@ -76,7 +80,7 @@ def exact_in_every_layout() -> None:
                 wanted,
             )
             assert (result.operators is None) == (cut is WHOLE)
-            compare(label, run_backward(case, result.operators, cut, config=config)._asdict(), wanted)
+            compare(label, run_backward(case, result, cut, config=config)._asdict(), wanted)
 
 
 def exact_at_the_strongest_gates() -> None:
@@ -85,7 +89,7 @@ def exact_at_the_strongest_gates() -> None:
         wanted = exact_scan(case)
         output, result = run(case, CUT)
         compare(f"gate {kind}", {"output": output, "final_state": result.final_state}, wanted)
-        compare(f"gate {kind}", run_backward(case, result.operators, CUT)._asdict(), wanted)
+        compare(f"gate {kind}", run_backward(case, result, CUT)._asdict(), wanted)
 
 
 def cut_with_little_room() -> None:
@@ -96,7 +100,7 @@ def cut_with_little_room() -> None:
     wanted = exact_scan(case)
     output, result = run(case, cut)
     compare("little room", {"output": output, "final_state": result.final_state}, wanted)
-    gradients = run_backward(case, result.operators, cut)
+    gradients = run_backward(case, result, cut)
     compare("little room", gradients._asdict(), wanted)
     whole = run(case, WHOLE)[0]
     report("little room was cut", float(torch.equal(whole, output)), 0.0)
@@ -112,8 +116,8 @@ def without_states() -> None:
         assert result[1:4] == (None, None, None)
         zeros, same = run(case, cut)
         report("no initial state", relative_error(output, zeros), 0.0)
-        with_zeros = run_backward(case, same.operators, cut)
-        without = run_backward(case, same.operators, cut, final=False)
+        with_zeros = run_backward(case, same, cut)
+        without = run_backward(case, same, cut, final=False)
         for part, a, b in zip(without._fields, without, with_zeros, strict=True):
             assert a is not None
             assert b is not None
@@ -139,9 +143,11 @@ def bitwise_in_any_slot() -> None:
     """Alone, packed among others, or a row of a batch: the same bits, cut or not. The cut follows a sequence's own length."""
     lengths = [100, 520, 64, 300]
     packed = scan_inputs(lengths, 1, 32, 32, spare=4)
-    for cut in (WHOLE, CUT, Cut(most=4, least=2)):
-        output, result = run(packed, cut)
-        gradients = run_backward(packed, result.operators, cut)
+    # Not true of these gates, so that most of what enters a segment is cut off.
+    false = torch.full(packed.erase.shape[:2], -30.0)
+    for cut, forgets in ((WHOLE, None), (CUT, None), (Cut(most=4, least=2), None), (CUT, false)):
+        output, result = run(packed, cut, forgets=forgets)
+        gradients = run_backward(packed, result, cut, forgets=forgets)
         assert packed.cu_chunks is not None
         assert packed.cu_seqlens is not None
         for n, length in enumerate(lengths):
@@ -151,8 +157,9 @@ def bitwise_in_any_slot() -> None:
             one |= {name: x[n : n + 1] for name, x in packed.tensors().items() if "state" in name}
             one["d_output"] = packed.d_output[:, tokens].contiguous()
             alone = ScanInputs(**one, cu_seqlens=None, cu_chunks=None, lengths=(length,))
-            own_output, own = run(alone, cut)
-            own_gradients = run_backward(alone, own.operators, cut)
+            own_forgets = None if forgets is None else forgets[chunks]
+            own_output, own = run(alone, cut, forgets=own_forgets)
+            own_gradients = run_backward(alone, own, cut, forgets=own_forgets)
             pairs = [
                 (own_output, output[:, tokens]),
                 (own.final_state[0], result.final_state[n]),
@@ -165,6 +172,103 @@ def bitwise_in_any_slot() -> None:
             report(f"bitwise {n}", 0.0)
 
 
+def exact_where_bounds_are_told() -> None:
+    """What is cut off is not missed and what is not is not lost; operators that are zero say so."""
+    packed, rows = ([0, 100, 1, 64, 800, 300, 0], 2, 32, 64), ([650, 650], 1, 32, 32)
+    cases = {
+        "packed": (patchy(*(scan_inputs(*packed, gate=gate, spare=3) for gate in ("init", "stress"))), 7),
+        "rows": (patchy(*(scan_inputs(*rows, gate=gate, packed=False) for gate in ("init", "stress"))), 11),
+        "slow": (scan_inputs([52 * 64], 1, 32, 32, gate="mixed", seed=7), 4),  # half of each segment is left out
+    }
+    for name, (case, most) in cases.items():
+        wanted, forgets, cut = exact_scan(case), forgotten(case), Cut(most=most, least=1)
+        output, result = run(case, cut, forgets=forgets)
+        parts = {"output": output, **{p: getattr(result, p) for p in ("final_state", "states", "written")}}
+        compare(f"{name} told", parts, wanted)
+        compare(f"{name} told", run_backward(case, result, cut, forgets=forgets)._asdict(), wanted)
+        assert result.lost is not None
+        assert (result.lost == 1).any(), name
+        assert name == "slow" or (result.lost == 0).any(), name
+
+
+def bitwise(name: str, a: NamedTuple, b: NamedTuple, but: Sequence[str] = ()) -> None:
+    for part, x, y in zip(a._fields, a, b, strict=True):
+        if part not in but and x is not None:
+            report(f"{name} {part}", float(not torch.equal(x, y)), 0.0)
+
+
+def bitwise_the_same_where_nothing_is_forgotten() -> None:
+    """At weak gates, and where each cut would have to cross a chunk of which nothing is known."""
+    case, cut = scan_inputs([12 * 64], 2, 32, 32), Cut(most=4, least=1)
+    claimed = torch.full(case.erase.shape[:2], -0.75 * GONE.value)
+    barred = claimed.clone()
+    barred[1::3] = 1e30  # the middle one of every segment
+    plain_output, plain = run(case, cut)
+    plain_gradients = run_backward(case, plain, cut)
+    for name, forgets in {"weak": forgotten(case), "barred": barred, "claimed": claimed}.items():
+        output, result = run(case, cut, forgets=forgets)
+        gradients = run_backward(case, result, cut, forgets=forgets)
+        assert result.lost is not None
+        report(f"{name} lost", float((result.lost != int(name == "claimed")).sum()), 0.0)
+        if name == "claimed":  # a false bound shows, or the others would prove nothing
+            assert not torch.equal(output, plain_output)
+            assert not torch.equal(gradients.d_states, plain_gradients.d_states)
+        else:
+            report(f"{name} output", float(not torch.equal(output, plain_output)), 0.0)
+            assert result.operators is not None
+            assert plain.operators is not None
+            # Nobody needs, nor writes, the operator of a first segment.
+            report(f"{name} operators", float(not torch.equal(result.operators[1:], plain.operators[1:])), 0.0)
+            bitwise(name, result, plain, but=("operators", "lost"))
+            bitwise(name, gradients, plain_gradients)
+
+
+def windows_are_as_long_as_told() -> None:
+    """With false bounds: a state at a boundary is that of a scan over the last chunks before it that the bounds ask for, from
+    zero; a gradient that of the first chunks behind it."""
+    case, cut, segments = scan_inputs([30 * 64 - 20], 1, 32, 32), Cut(most=5, least=1), 5
+    random = torch.Generator().manual_seed(1)
+    forgets = GONE.value * torch.tensor([-0.22, -0.35, -0.65, -0.98, -2.0])[torch.randint(5, (30, 1), generator=random)]
+    result = run(case, cut, forgets=forgets)[1]
+    gradients = run_backward(case, result, cut, forgets=forgets)
+    assert result.states is not None
+    bits = forgets[:, 0].tolist()
+    for s in range(1, segments):
+        boundary = 6 * s
+        begin = next(c for c in reversed(range(boundary)) if sum(bits[c:boundary]) < -GONE.value)
+        end = next(c for c in range(boundary, 30) if sum(bits[boundary : c + 1]) < -GONE.value) + 1
+        before, behind = case.stretch(begin, boundary), case.stretch(boundary, end)
+        state = run(before, WHOLE)[1].final_state
+        report(f"window before {s}", relative_error(result.states[boundary], state[0]))
+        d_state = run_backward(behind, run(behind, WHOLE)[1], WHOLE).d_initial_state
+        assert d_state is not None
+        report(f"window behind {s}", relative_error(gradients.d_states[boundary - 1], d_state[0]))
+
+
+def what_is_forgotten_is_not_read() -> None:
+    """Over segments of 90 chunks, with NaN wherever the windows do not reach, of 81 chunks and of one; nor is an initial state."""
+    case, cut = scan_inputs([90 * 64], 1, 32, 32, packed=False).repeated(times=4), Cut(most=4)
+    forgets = torch.full((360, 1), -GONE.value / 80)
+    forgets[179] = -GONE.value - 1
+    read = torch.zeros(360, dtype=torch.bool)
+    for begin, end in ((9, 90), (179, 180), (189, 270)):
+        read[begin:end] = True
+    poisoned = {
+        name: torch.where(read.view(-1, *[1] * (x.ndim - 1)), x, torch.nan)
+        for name, x in case.tensors().items() if name in ("erase", "u", "write", "decay")
+    }  # fmt: skip
+    made = plan(cut, 1, 360, packed=False)
+    offsets, operators, lost = build(
+        **poisoned, initial_state=torch.full_like(case.initial_state, torch.nan), cu_seqlens=None, cu_chunks=None, plan=made,
+        sequences=1, tokens=360 * 64, forgets=forgets,
+    )  # fmt: skip
+    assert lost is not None
+    report("all lost", float((lost != 1).sum()), 0.0)
+    report("operators", float(operators[1:].abs().max()), 0.0)
+    for b, (begin, end) in enumerate(((9, 90), (179, 180), (9, 90))):
+        report(f"offset {b}", relative_error(offsets[b], run(case.stretch(begin, end), WHOLE)[1].final_state[0]))
+
+
 if __name__ == "__main__":
     exact_in_every_layout()
     exact_at_the_strongest_gates()
@@ -172,3 +276,7 @@ if __name__ == "__main__":
     without_states()
     exports()
     bitwise_in_any_slot()
+    exact_where_bounds_are_told()
+    bitwise_the_same_where_nothing_is_forgotten()
+    windows_are_as_long_as_told()
+    what_is_forgotten_is_not_read()

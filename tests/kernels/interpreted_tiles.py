@@ -11,7 +11,7 @@ import math
 import torch
 from interpreted import problem_of
 
-from kimi_linear.kernels.triton.chunk_kda import _laid_out, _layout_of, _tiles, backward, forward_to_train
+from kimi_linear.kernels.triton.chunk_kda import _laid_out, _layout_of, _prepare, backward, forward_to_train
 from kimi_linear.ops import chunk_kda as public
 from kimi_linear.testing.factories import KDAInputs, kda_inputs
 from kimi_linear.testing.tolerances import relative_error
@@ -44,7 +44,7 @@ def case(name: str, inputs: KDAInputs) -> None:
     leaves = [wide.q, wide.k, wide.v, wide.log_decay, wide.beta, wide.initial_state]
     true = torch.autograd.grad((exact.output, exact.final_state), leaves, (d_output, d_state))
     problem = problem_of(inputs)
-    tiles = _tiles(_laid_out(problem), _layout_of(problem), save=False)
+    _, tiles = _prepare(_laid_out(problem), _layout_of(problem), save=False)
     steep, anchored = tiles.anchors > 0, tiles.anchors < 0
     assert torch.equal(tiles.flags > 0, steep.any(-1))
     output, state, saved = forward_to_train(problem)
@@ -82,7 +82,7 @@ def prefix(name: str, cut: int, tokens: int = 48) -> None:
         inputs = base.to(torch.float32)
         inputs.log_decay[:, cut:] = later
         problem = problem_of(inputs)
-        anchors = _tiles(_laid_out(problem), _layout_of(problem), save=False).anchors[0, 0, cut // 16]
+        anchors = _prepare(_laid_out(problem), _layout_of(problem), save=False)[1].anchors[0, 0, cut // 16]
         kinds.append((int((anchors < 0).sum()), int((anchors > 0).sum())))
         output, _, saved = forward_to_train(problem)
         gradients = backward(problem, saved, output, d_output, None)

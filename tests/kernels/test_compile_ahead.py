@@ -295,6 +295,36 @@ def test_a_mode_that_somebody_else_has_set_is_left_alone(machine: Machine) -> No
     assert machine.compiled == [("add", "theirs")]
 
 
+def test_a_rehearsal_takes_little_memory_whatever_the_call_takes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first call of a million tokens would not find room for another of them."""
+    from kimi_linear.kernels.triton import chunk_kda
+    from kimi_linear.ops import chunk_kda_operator as operator
+
+    seen: list[int] = []
+    prepare = chunk_kda._prepare
+    monkeypatch.setattr(
+        chunk_kda,
+        "_prepare",
+        lambda problem, *rest, **more: (seen.append(problem.q.shape[1]), prepare(problem, *rest, **more))[1],
+    )
+    wide = torch.zeros(2, 5000, 3, 1, 32, dtype=torch.bfloat16)  # rows with a stride of their own
+    rows = (*wide.unbind(2), torch.zeros(2, 5000, 1, 32, dtype=torch.bfloat16), torch.zeros(2, 5000, 1))
+    inputs = (*rows, None, None, None, None, None, 1.0, True)
+    compile_ahead.call("op", operator._train, operator._rehearse_training, inputs)
+    assert seen == [5000, 64, 2048]
+    assert {thread for _, thread in machine.compiled} == {"compile"}
+
+
+def test_what_a_forward_leaves_is_what_the_operator_returns() -> None:
+    """torch does not compare an operator's results with its schema: too many end in a crash."""
+    from kimi_linear.kernels.triton.saved import Saved
+    from kimi_linear.ops import chunk_kda_operator as operator
+
+    assert len(Saved._fields) == operator._SAVED
+
+
 def test_training_has_its_backward_compiled_too(machine: Machine) -> None:
     """The operations' own functions, all kernels of which are found in threads during the forward's first launch."""
     from kimi_linear.ops import chunk_kda_operator as operator

@@ -69,6 +69,10 @@ def test_a_launch_takes_all_of_an_entry() -> None:
     assert config.launch == {"BT": 64, "num_warps": 2, "num_stages": 3}
     assert Config(**config.to_json()) == config
     assert str(config) == "BT=64 warps=2 stages=3"
+    narrow = Config(num_warps=4, maxnreg=168)
+    assert narrow.options == {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+    assert Config(**narrow.to_json()) == narrow
+    assert str(narrow) == " warps=4 stages=1 maxnreg=168"
 
 
 def test_the_tuner_writes_the_chosen_entry_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

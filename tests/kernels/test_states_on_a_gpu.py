@@ -62,7 +62,7 @@ def test_bitwise_the_output_of_chunk_kda_and_the_state_of_the_prefix() -> None:
 
 
 def test_a_long_sequence_of_few_heads_that_is_cut_into_segments() -> None:
-    """4 heads over 16K tokens: 256 chunks in eight segments; states within and at the edges of them."""
+    """4 heads over 16K tokens: 256 chunks in sixteen segments; states within and at the edges of them."""
     inputs = kda_inputs(1, 16384, 4, key_dim=128, raw=True, normalized=False, dtype=torch.bfloat16, device="cuda")
     offsets = [(0, 64 * chunks) for chunks in (1, 31, 32, 33, 200, 256)]
     got = chunk_kda_states(*inputs.positional(), offsets, normalize_qk=True, impl="triton")

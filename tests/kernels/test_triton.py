@@ -30,7 +30,7 @@ def interpreted(script: str) -> list[list[str]]:
 INPUTS = ("output", "state", "q", "k", "v", "gate", "beta", "A_log", "dt_bias", "initial_state")
 ROUNDING = 1e-5
 """Relative error in fp32, where nothing but rounding is left."""
-CANCELS = {"gate": 5e-5, "A_log": 1e-4, "dt_bias": 1e-4}
+CANCELS = {"gate": 5e-5, "A_log": 1e-4, "dt_bias": 1.5e-4}
 """At the strong gates: a step that forgets everything has a gradient of almost nothing, left of sums that cancel, and those are
 as large as the quiet steps around it make them. The gate's derivative then favours the strong steps over the quiet ones. And a
 running log-decay of -766 is known to 2^-15."""
@@ -122,7 +122,7 @@ def test_compiles_within_bounds(key_dim: int, value_dim: int, arch: int) -> None
         assert launch.stack <= SPILLED.get(launch.kernel, 0), launch
 
 
-SPILLED = {"tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 48, "solve_kernel": 8}
+SPILLED = {"tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 48, "solve_kernel": 24}
 """Bytes a thread, where what spills nothing was slower on an H200: see docs/LOG.md."""
 
 

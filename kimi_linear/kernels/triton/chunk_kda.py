@@ -26,6 +26,7 @@ from kimi_linear.kernels.triton.anchored_backward import anchored_backward_kerne
 from kimi_linear.kernels.triton.column_sum import column_sum
 from kimi_linear.kernels.triton.common import stretches
 from kimi_linear.kernels.triton.configs import config_of
+from kimi_linear.kernels.triton.cuts import may_be_cut
 from kimi_linear.kernels.triton.prepare import prepare_kernel
 from kimi_linear.kernels.triton.saved import CHUNK, Saved, count_chunks
 from kimi_linear.kernels.triton.scan import ScanResult, scan
@@ -61,10 +62,9 @@ class Problem:
 
 
 class _Tiles(NamedTuple):
-    """What prepare.py makes of all tiles, but for ``served``, of steep.py; ``norms`` is for the backward."""
+    """What prepare.py finds out about tiles, and ``late``, which it fills; ``served`` is of steep.py, ``norms`` for the backward."""
 
     late: Tensor
-    early: Tensor
     anchors: Tensor
     totals: Tensor
     flags: Tensor
@@ -73,7 +73,7 @@ class _Tiles(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What solve.py makes of all chunks, in the order of ``scan``'s arguments; ``inverse`` is for the backward."""
+    """What prepare.py and solve.py make of all chunks, in the order of ``scan``'s arguments; ``inverse`` is for the backward."""
 
     erase: Tensor
     u: Tensor
@@ -81,6 +81,7 @@ class Prepared(NamedTuple):
     write: Tensor
     pairs_q: Tensor
     decay: Tensor
+    forgets: Tensor | None
     inverse: Tensor | None
 
 
@@ -131,13 +132,22 @@ def forward_to_train(problem: Problem) -> tuple[Tensor, Tensor, Saved]:
     assert tiles.norms is not None
     assert result.states is not None
     assert result.written is not None
-    operators = result.operators
+    (_, v_heads, key_dim), operators, lost, forgets = (
+        prepared.decay.shape,
+        result.operators,
+        result.lost,
+        prepared.forgets,
+    )
     if operators is None:
-        operators = prepared.decay.new_empty(0, *result.final_state.shape[1:2], *[problem.q.shape[3]] * 2)
+        operators = prepared.decay.new_empty(0, v_heads, key_dim, key_dim)
+    if lost is None:
+        lost = tiles.flags.new_empty(0, v_heads)
+    if forgets is None:
+        forgets = prepared.decay.new_empty(0, v_heads)
     return output, result.final_state, Saved(
         late=tiles.late, write=prepared.write, pairs_q=prepared.pairs_q, inverse=prepared.inverse, decay=prepared.decay,
         anchors=tiles.anchors, totals=tiles.totals, flags=tiles.flags, norms=tiles.norms, served=tiles.served, states=result.states,
-        written=result.written, operators=operators,
+        written=result.written, operators=operators, lost=lost, forgets=forgets,
     )  # fmt: skip
 
 
@@ -152,7 +162,8 @@ def backward(
     read, erase = saved.late
     reverse = scan_backward(
         erase, read, saved.write, saved.pairs_q, saved.decay, d_output, d_final_state, saved.operators, problem.cu_seqlens,
-        layout.cu_chunks, initial=problem.initial_state is not None,
+        layout.cu_chunks, forgets=saved.forgets if may_be_cut(*problem.v.shape[2:]) else None, lost=saved.lost,
+        initial=problem.initial_state is not None,
     )  # fmt: skip
     d_right, d_states, d_initial = reverse.d_written, reverse.d_states, reverse.d_initial_state
     dv = torch.empty(problem.v.shape, dtype=problem.v.dtype, device=problem.v.device)
@@ -164,26 +175,6 @@ def backward(
     return keys.gradients(dv, d_initial)
 
 
-def _tiles(problem: Problem, layout: _Layout, *, save: bool) -> _Tiles:
-    q, k, gate, (tokens, heads, key_dim) = problem.q, problem.k, problem.gate, problem.q.shape[1:]
-    chunks, v_heads, wide = layout.chunks, problem.v.shape[2], torch.float32
-    late = torch.empty(2, chunks, v_heads, CHUNK, key_dim, dtype=q.dtype, device=q.device)
-    anchors, totals = (torch.empty(chunks, v_heads, 4, key_dim, dtype=wide, device=q.device) for _ in range(2))
-    norms = torch.empty(chunks, v_heads, 2, CHUNK, dtype=wide, device=q.device) if save else None
-    flags = torch.empty(chunks, v_heads, 4, dtype=torch.int32, device=q.device)
-    served = torch.empty(chunks, v_heads, dtype=torch.int32, device=q.device)
-    tiles = _Tiles(late, torch.empty_like(late[0]), anchors, totals, flags, norms, served)
-    config = config_of("kda_prepare", q, shape_class(key_dim, q.dtype))
-    if chunks:
-        prepare_kernel[(4 * chunks, v_heads)](
-            q, k, gate, problem.A_log, problem.dt_bias, problem.cu_seqlens, layout.cu_chunks, *tiles[:6],
-            problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens, late[0].numel(),
-            q.stride(1), k.stride(1), gate.stride(1), heads, v_heads, key_dim, layout.kind, problem.normalize,
-            problem.cu_seqlens is not None, save, layout.dot, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return tiles
-
-
 def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared, _Tiles]:
     q, k, v, gate, beta = problem.q, problem.k, problem.v, problem.gate, problem.beta
     (tokens, heads, key_dim), (v_heads, value_dim) = q.shape[1:], v.shape[2:]
@@ -192,30 +183,41 @@ def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared
     def made(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
         return torch.empty(chunks, v_heads, *shape, dtype=dtype, device=q.device)
 
-    tiles, steep = _tiles(problem, layout, save=save), made(2, CHUNK, 16, dtype=wide)
-    reaches = torch.empty_like(tiles.served)
-    late, early = tiles.late, tiles.early
+    forgets = may_be_cut(v_heads, value_dim)
+    late = torch.empty(2, chunks, v_heads, CHUNK, key_dim, dtype=q.dtype, device=q.device)
     prepared = Prepared(
-        erase=late[1], u=made(CHUNK, value_dim), read=late[0], write=early, pairs_q=made(CHUNK, CHUNK),
-        decay=made(key_dim, dtype=wide), inverse=made(CHUNK, CHUNK) if save else None,
+        erase=late[1], u=made(CHUNK, value_dim), read=late[0], write=made(CHUNK, key_dim), pairs_q=made(CHUNK, CHUNK),
+        decay=made(key_dim, dtype=wide), forgets=made(dtype=wide) if forgets else None, inverse=made(CHUNK, CHUNK) if save else None,
     )  # fmt: skip
-    # Entries of pairs_k are at most 2 for normalized keys, so fp16 serves: as exact as tf32, and half as wide.
-    cells = tl.float16 if problem.normalize and layout.dot == tl.bfloat16 else tl.float32
+    anchors, totals = made(4, key_dim, dtype=wide), made(4, key_dim, dtype=wide)
+    tiles = _Tiles(
+        late, anchors, totals, flags=made(4, dtype=torch.int32), norms=made(2, CHUNK, dtype=wide) if save else None,
+        served=made(dtype=torch.int32),
+    )  # fmt: skip
+    # Entries of pairs_k are at most 1 for normalized keys, so fp16 serves: as exact as tf32, and half as wide.
+    narrow = problem.normalize and layout.dot == tl.bfloat16
+    pairs_k, cells = made(CHUNK, CHUNK, dtype=torch.float16 if narrow else wide), tl.float16 if narrow else tl.float32
     shape, packed = shape_class(key_dim, q.dtype), problem.cu_seqlens is not None
-    solving, steeping = config_of("kda_solve", q, shape), config_of("kda_steep", q, shape)
+    preparing, steeping, solving = (config_of(f"kda_{name}", q, shape) for name in ("prepare", "steep", "solve"))
     if chunks:
+        grid = (chunks, v_heads)
         place = (problem.cu_seqlens, layout.cu_chunks)
-        steep_kernel[(chunks, v_heads)](
-            q, k, gate, problem.A_log, problem.dt_bias, *place, tiles.anchors, tiles.totals, tiles.flags, tiles.served, reaches,
-            steep,            problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens, q.stride(1), k.stride(1), gate.stride(1),
-            heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
-            num_warps=steeping.num_warps, num_stages=steeping.num_stages,
+        given = (q, k, gate, problem.A_log, problem.dt_bias, *place)
+        sizes = (problem.scale, problem.lower_bound or 0.0, layout.sequences, tokens)
+        strides = (q.stride(1), k.stride(1), gate.stride(1), heads, v_heads, key_dim, layout.kind, problem.normalize, packed)  # fmt: skip
+        prepare_kernel[grid](
+            *given, late, prepared.write, prepared.pairs_q, pairs_k, prepared.decay, prepared.forgets, anchors, totals,
+            tiles.flags, tiles.norms, *sizes, prepared.erase.numel(), *strides,
+            min(preparing["BK"], key_dim), save, forgets, layout.dot, layout.precision, preparing.num_stages, **preparing.options,
         )  # fmt: skip
-        solve_kernel[(chunks, v_heads)](
-            v, beta, *place, tiles.anchors, tiles.totals, tiles.flags, reaches, steep, late, early, prepared.pairs_q,
-            prepared.u, prepared.decay, prepared.inverse, layout.sequences, tokens, early.numel(), v.stride(1),
-            beta.stride(1), v_heads, key_dim, value_dim, solving["BP"], solving["BK"], solving["BV"], packed, save, cells,
-            layout.dot, layout.precision, num_warps=solving.num_warps, num_stages=solving.num_stages,
+        steep_kernel[grid](
+            *given, anchors, totals, tiles.flags, tiles.served, prepared.pairs_q, pairs_k, *sizes, *strides, layout.dot,
+            **steeping.options,
+        )  # fmt: skip
+        solve_kernel[grid](
+            v, beta, *place, pairs_k, prepared.erase, prepared.u, prepared.forgets, prepared.inverse,
+            layout.sequences, tokens, v.stride(1), beta.stride(1), v_heads, key_dim, value_dim, solving["BK"], solving["BV"],
+            problem.normalize, packed, save, forgets, cells, layout.dot, layout.precision, **solving.options,
         )  # fmt: skip
     return prepared, tiles
 
@@ -225,7 +227,14 @@ def _scan(
 ) -> tuple[Tensor, ScanResult]:
     output = torch.empty(problem.v.shape, dtype=problem.v.dtype, device=problem.v.device)
     return output, scan(
-        *prepared[:6], problem.initial_state, output, problem.cu_seqlens, layout.cu_chunks, save=save, export=export
+        *prepared[:6],
+        problem.initial_state,
+        output,
+        problem.cu_seqlens,
+        layout.cu_chunks,
+        forgets=prepared.forgets,
+        save=save,
+        export=export,
     )
 
 
@@ -246,7 +255,7 @@ def _value_backward(
             v, beta, problem.cu_seqlens, layout.cu_chunks, inverse, written, d_written, output, d_output, dv, d_keys,
             d_pairs, sums, scales, layout.sequences, tokens, v.stride(1), beta.stride(1), v_heads, value_dim,
             min(config["BV"], value_dim), problem.cu_seqlens is not None, layout.dot, layout.precision,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
     return d_keys, d_pairs, sums, scales
 
@@ -315,25 +324,24 @@ def _anchored_backward(
         anchor_kernel[(4 * chunks, v_heads)](
             *given, *place, saved.anchors, saved.totals, saved.norms, saved.served, late_q, late_k, early, factors,
             lower_bound, layout.sequences, tokens, first, *strides, heads, v_heads, key_dim, layout.kind, packed, layout.dot,
-            num_warps=anchor.num_warps, num_stages=anchor.num_stages,
+            **anchor.options,
         )  # fmt: skip
         products = (saved.states, d_states, saved.written, d_right, d_output, d_keys, d_pairs, scales)
         found = (late_q, late_k, early, results.q, results.k, results.gate, layout.sequences, tokens, first)
         anchored_backward_kernel[(chunks * -(-key_dim // anchored["BK"]), v_heads)](
             *products, saved.totals, saved.served, stretches(q.device), *place, *found, v_heads, key_dim, value_dim, anchored["BK"],
-            min(anchored["BV"], value_dim), packed, layout.dot, layout.precision, num_warps=anchored.num_warps,
-            num_stages=anchored.num_stages,
+            min(anchored["BV"], value_dim), packed, layout.dot, layout.precision, **anchored.options,
         )  # fmt: skip
         tile_backward_kernel[(chunks * -(-key_dim // tile["BK"]), v_heads)](
             *products, saved.decay, saved.totals, saved.served, factors, stretches(q.device), *place, *found, v_heads, key_dim,
             value_dim, tile["BK"], min(tile["BV"], value_dim), packed, layout.dot, layout.precision,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options,
         )  # fmt: skip
         token_backward_kernel[(4 * chunks, v_heads)](
             *given, *place, saved.anchors, saved.totals, saved.norms, sums, scales, saved.served, early, results.q, results.k,
             results.gate, results.beta, results.partial, problem.scale, lower_bound, layout.sequences, tokens, first,
             *strides, heads, v_heads, key_dim, layout.kind, problem.normalize, packed, layout.dot,
-            num_warps=token.num_warps, num_stages=token.num_stages,
+            **token.options,
         )  # fmt: skip
 
 
@@ -352,7 +360,7 @@ def _steep_backward(
         saved.norms, d_keys, d_pairs, scales, results.q, results.k, results.gate, results.beta, results.partial,
         problem.lower_bound or 0.0, layout.sequences, tokens, q.stride(1), k.stride(1), gate.stride(1),
         beta.stride(1), heads, v_heads, key_dim, layout.kind, problem.cu_seqlens is not None, layout.dot,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip
 
 

@@ -32,28 +32,37 @@ class Config:
         constants: values of its ``tl.constexpr`` block sizes by name.
         num_warps: warps per program.
         num_stages: depth of Triton's software pipeline.
+        maxnreg: registers of a thread at most, where one more program a processor is worth it; the compiler's choice where None.
     """
 
     constants: Mapping[str, int] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None
 
     def __getitem__(self, name: str) -> int:
         """A block size."""
         return self.constants[name]
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told besides block sizes, as keywords of a launch."""
+        given = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return given if self.maxnreg is None else {**given, "maxnreg": self.maxnreg}
+
+    @property
     def launch(self) -> dict[str, Any]:
         """As keywords of a launch: ``kernel[grid](..., **config.launch)``."""
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constants, **self.options}
 
     def to_json(self) -> dict[str, Any]:
         """As the table keeps it."""
-        return {"constants": dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {"constants": dict(self.constants), **self.options}
 
     def __str__(self) -> str:
         blocks = " ".join(f"{name}={value}" for name, value in self.constants.items())
-        return f"{blocks} warps={self.num_warps} stages={self.num_stages}"
+        registers = "" if self.maxnreg is None else f" maxnreg={self.maxnreg}"
+        return f"{blocks} warps={self.num_warps} stages={self.num_stages}{registers}"
 
 
 def config_of(kernel: str, x: torch.Tensor, shape_class: str) -> Config:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 PROCESSORS = 128
 """Programs that run side by side. One number for all GPUs (they have 108 to 148), so that results do not depend on it."""
 
+MOST = 32
+"""Segments of a sequence: each takes 2 us in ``combine`` on an H100, and 32 shorten a walk to 1/16."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
@@ -49,9 +52,16 @@ def plan(cut: Cut, sequences: int, chunks: int, packed: bool) -> Plan:
 
 
 def choose_cut(v_heads: int, value_dim: int) -> Cut:
-    """As many segments as fill the processors with slices of 32 of V; one segment where the heads fill them.
+    """As many segments as fill the processors with slices of 64 of V; one segment where the heads fill them.
 
     A scan takes a fixed time per chunk while programs are fewer than processors. Cut in S, a sequence takes 2 / S of the
-    time (build, then expand), so S is worth it from about four.
+    time (build, then expand), so S is worth it from about four. Every slice reads all of a chunk's keys again, and the L2
+    gives out no more in that time; so segments come in slices of 64, and whole sequences, of which there would be too few,
+    in slices of 32. At most ``MOST``, as segments are combined one after the other.
     """
-    return Cut(most=max(1, PROCESSORS // (v_heads * -(-value_dim // 32))))
+    return Cut(most=min(MOST, max(1, PROCESSORS // (v_heads * -(-value_dim // 64)))))
+
+
+def may_be_cut(v_heads: int, value_dim: int) -> bool:
+    """Whether these heads are so few that a sequence is cut once it is long enough."""
+    return choose_cut(v_heads, value_dim).most >= Cut.FEWEST

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kimi_linear.kernels.triton.cuts import choose_cut, plan
+from kimi_linear.kernels.triton.cuts import choose_cut, may_be_cut, plan
 
 CHUNK = 64
 """C, tokens per chunk, in four tiles of 16."""
@@ -45,6 +45,10 @@ class Saved(NamedTuple):
     """[chunks, HV, C, V]: u' of scan.py."""
     operators: Tensor
     """[boundaries, HV, K, K] fp32: of segments.py."""
+    lost: Tensor
+    """[boundaries, HV] int32: of segments.py."""
+    forgets: Tensor
+    """[chunks, HV] fp32, of prepare.py; without chunks where the heads are too many for a sequence to be cut."""
 
 
 def count_chunks(batch: int, tokens: int, sequences: int, packed: bool) -> int:
@@ -82,4 +86,6 @@ def shapes_of(
         "late": ((2, chunks, v_heads, CHUNK, key_dim), dtype),
         **{name: ((chunks, v_heads, *shape), kind) for name, (shape, kind) in of_chunks.items()},
         "operators": ((boundaries, v_heads, key_dim, key_dim), wide),
+        "lost": ((boundaries, v_heads), torch.int32),
+        "forgets": ((chunks if may_be_cut(v_heads, value_dim) else 0, v_heads), wide),
     }

@@ -46,6 +46,8 @@ class ScanResult(NamedTuple):
     """[E, HV, V, K] fp32: the state after the asked number of tokens. None unless ``export``."""
     operators: Tensor | None
     """[boundaries, HV, K, K] fp32, for ``scan_backward``. None where no sequence can be long enough to be cut."""
+    lost: Tensor | None
+    """[boundaries, HV] int32: which operators are zero because all is forgotten. None without ``forgets`` or operators."""
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "most", "least", "apart"])
@@ -124,8 +126,8 @@ def scan_kernel(
 
 def scan(
     erase: Tensor, u: Tensor, read: Tensor, write: Tensor, pairs_q: Tensor, decay: Tensor, initial_state: Tensor | None,
-    output: Tensor, cu_seqlens: Tensor | None, cu_chunks: Tensor | None, *, save: bool = False,
-    export: Sequence[tuple[int, int]] = (), cut: Cut | None = None, config: Config | None = None,
+    output: Tensor, cu_seqlens: Tensor | None, cu_chunks: Tensor | None, *, forgets: Tensor | None = None,
+    save: bool = False, export: Sequence[tuple[int, int]] = (), cut: Cut | None = None, config: Config | None = None,
     build_config: Config | None = None,
 ) -> ScanResult:  # fmt: skip
     """Walk over the chunks, filling ``output``. Every tensor is contiguous; the caller has checked shapes and dtypes.
@@ -137,6 +139,9 @@ def scan(
         output: [B, T, HV, V], written.
         cu_seqlens: [N+1] where sequences are packed, with cu_chunks [N+1] int32, the first chunk of each, which may
             leave gaps, and a number that is not below what follows the last. Then ``chunks`` may be more than there are. None: every row of B is a sequence.
+        forgets: [chunks, HV] fp32, an upper bound of log2 of the norm of what a chunk does to the state that enters it,
+            S -> S (Diag(decay) - erase^T write): below zero where every channel decays, 1e30 where no bound is known.
+            Segments are built from no more chunks than a state is remembered for. None: nothing is known.
         save: keep what the backward pass needs.
         export: pairs of a sequence and a number of its tokens, a multiple of C between C and its length, no pair twice.
             The state is NaN where a packed sequence is shorter.
@@ -154,16 +159,18 @@ def scan(
         # Only the GPU knows where a packed sequence ends; what lies behind that is not written.
         exported = decay.new_full((len(export), v_heads, value_dim, key_dim), torch.nan)
     plans = plan(cut or choose_cut(v_heads, value_dim), sequences, chunks, packed)
-    offsets, operators = None, None
+    offsets, operators, lost = None, None, None
     if plans.boundaries:
-        offsets, operators = build(
+        offsets, operators, lost = build(
             erase, u, write, decay, initial_state, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens,
-            config=build_config,
+            forgets=forgets, config=build_config,
         )  # fmt: skip
         combine(
-            offsets, operators, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens, reverse=False
-        )
-    config = config or config_of("kda_scan", erase, shape_class(key_dim, erase.dtype))
+            offsets, operators, lost, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens,
+            reverse=False, dtype=erase.dtype,
+        )  # fmt: skip
+    kernel = "kda_scan_segmented" if plans.boundaries else "kda_scan"
+    config = config or config_of(kernel, erase, shape_class(key_dim, erase.dtype))
     block = min(config["BV"], value_dim)
     programs = value_dim // block * v_heads * (sequences + plans.boundaries)
     if programs:
@@ -174,7 +181,7 @@ def scan(
             plans.boundaries > 0, save, exported is not None, config.num_stages, precision_of(erase.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return ScanResult(final_state, states, written, exported, operators)
+    return ScanResult(final_state, states, written, exported, operators, lost)
 
 
 def _export_slots(

@@ -4,6 +4,7 @@
 
 Programs, slices, slabs and segments as in scan.py; the slice of dS, [K, BV] fp32, stays in registers. With SAVE off only dS at the
 start of the walk's last chunk comes out: what a segment adds on its own, from zero, which is how segments are built backward.
+With FORGETS that walk begins where the segment's first chunks forget what comes from behind them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kimi_linear.kernels.triton.configs import Config, config_of
 from kimi_linear.kernels.triton.cuts import Cut, choose_cut, plan
 from kimi_linear.kernels.triton.segments import (
     boundary_of,
+    chunks_that_forget,
     combine,
     first_boundary,
     place_of_program,
@@ -42,11 +44,11 @@ class ScanGradients(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "most", "least", "apart"])
 def scan_backward_kernel(
-    erase, read, write, pairs_q, decay, d_output, d_final_state, d_offsets, d_states, d_written, d_initial_state,
+    erase, read, write, pairs_q, decay, forgets, d_output, d_final_state, d_offsets, d_states, d_written, d_initial_state,
     cu_seqlens, cu_chunks, num_sequences, tokens, most, least, apart,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
     PACKED: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr, SEGMENTED: tl.constexpr,
-    SAVE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, FORGETS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = 64
     part, hv, z = place_of_program(tl.program_id(0), HV, V // BV)
@@ -64,6 +66,9 @@ def scan_backward_kernel(
         if s >= count:
             return
         begin, end = s * chunks // count, (s + 1) * chunks // count
+        if FORGETS:
+            walked, forgotten = chunks_that_forget(forgets, hv, first + begin, 1, end - begin, HV)
+            end = begin + walked
     row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, BK), part * BV + tl.arange(0, BV)
     inside = dim_v[None, :] * K + dim_k[:, None]
     place = (n.to(tl.int64) * HV + hv) * V * K + inside
@@ -79,6 +84,8 @@ def scan_backward_kernel(
         if SEGMENTED and SAVE:
             if s + 1 < count:
                 slab = tl.load(d_offsets + (behind * HV + hv) * V * K + inside + p * BK)
+        if FORGETS:
+            slab = tl.where(forgotten, 0.0, slab)
         d_state += (slab,)
     for back in tl.range(end - begin, num_stages=STAGES):
         i = end - 1 - back
@@ -116,13 +123,14 @@ def scan_backward_kernel(
 def scan_backward(
     erase: Tensor, read: Tensor, write: Tensor, pairs_q: Tensor, decay: Tensor, d_output: Tensor,
     d_final_state: Tensor | None, operators: Tensor | None, cu_seqlens: Tensor | None, cu_chunks: Tensor | None, *,
-    initial: bool = True, cut: Cut | None = None, config: Config | None = None,
+    forgets: Tensor | None = None, lost: Tensor | None = None, initial: bool = True, cut: Cut | None = None,
+    config: Config | None = None,
 ) -> ScanGradients:  # fmt: skip
     """The reverse of ``scan``; tensors of the same names as there.
 
     Args:
         d_output: [B, T, HV, V], contiguous, of any dtype. d_final_state: [N, HV, V, K] fp32, zero where None.
-        operators: those that ``scan`` returned.
+        operators, lost: those that ``scan`` returned. forgets: that of ``scan``, where one was given there.
         initial: find the gradient with respect to the initial state too.
         cut: that of ``scan``, where one was given there. config: instead of the chosen one, for benchmarks and tests.
     """
@@ -133,17 +141,18 @@ def scan_backward(
     d_written = erase.new_empty(chunks, v_heads, size, value_dim)
     d_initial = decay.new_empty(sequences, v_heads, value_dim, key_dim) if initial else None
     plans = plan(cut or choose_cut(v_heads, value_dim), sequences, chunks, packed)
-    config = config or config_of("kda_scan_backward", erase, shape_class(key_dim, erase.dtype))
+    kernel = "kda_scan_backward_segmented" if plans.boundaries else "kda_scan_backward"
+    config = config or config_of(kernel, erase, shape_class(key_dim, erase.dtype))
     block = min(config["BV"], value_dim)
     d_offsets = None
 
     def walk(save: bool, programs: int) -> None:
         if programs:
             scan_backward_kernel[(value_dim // block * v_heads * programs,)](
-                erase, read, write, pairs_q, decay, d_output, d_final_state, d_offsets, d_states, d_written, d_initial,
+                erase, read, write, pairs_q, decay, None if save else forgets, d_output, d_final_state, d_offsets, d_states, d_written, d_initial,
                 cu_seqlens, cu_chunks, sequences, tokens, plans.cut.most, plans.cut.least, plans.apart,
                 v_heads, key_dim, value_dim, min(config["BK"], key_dim), block, plans.cut.FEWEST, packed, d_final_state is not None, initial,
-                plans.boundaries > 0, save, config.num_stages, precision_of(erase.dtype),
+                plans.boundaries > 0, save, forgets is not None and not save, config.num_stages, precision_of(erase.dtype),
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
 
@@ -153,7 +162,8 @@ def scan_backward(
         d_offsets = decay.new_empty(plans.boundaries, v_heads, value_dim, key_dim)
         walk(False, plans.boundaries)
         combine(
-            d_offsets, operators, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens, reverse=True
-        )
+            d_offsets, operators, lost, cu_seqlens, cu_chunks, plan=plans, sequences=sequences, tokens=tokens,
+            reverse=True, dtype=erase.dtype,
+        )  # fmt: skip
     walk(True, sequences + plans.boundaries)
     return ScanGradients(d_states, d_written, d_initial)

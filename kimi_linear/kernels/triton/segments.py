@@ -9,8 +9,14 @@ segment is P transposed, so the forward's serve again.
 How a sequence is cut depends on its own length and on the head counts, never on its neighbours, its slot or the GPU: its
 output is bitwise the same alone and in any batch. The price: a batch of many long sequences of few heads is cut as well,
 where it would fill the GPU whole, and does 7.5 / 3.5 of the products.
+
+What is forgotten needs no operator. Where it is known how much of a state each chunk forgets, and some last chunks of a segment
+leave less than 2^-GONE of what enters them, which is nothing in fp32 whatever it was, O is a scan of these alone and P is zero; so is backward what the first chunks add.
+Strong gates forget in a few chunks, and building then costs nearly nothing. What is cut off follows from a segment's own gates.
+
 Boundary b lies behind segment s of sequence n, b = (first boundary of n) + s. offsets [boundaries, HV, V, K] fp32 hold O and,
-once combined, the state at the boundary; operators [boundaries, HV, K, K] fp32.
+once combined, the state at the boundary; operators [boundaries, HV, K, K] fp32; lost [boundaries, HV] int32, 1 where the
+operator is zero because all is forgotten.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ from torch import Tensor
 
 from kimi_linear.kernels.triton.configs import Config, config_of
 from kimi_linear.kernels.triton.cuts import Plan
+
+GONE = tl.constexpr(280.0)  # fp32 ends at 2^128 and at 2^-149
 
 
 @cache
@@ -39,36 +47,46 @@ def precision_of(dtype: torch.dtype) -> str:
 
 def build(
     erase: Tensor, u: Tensor, write: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    cu_chunks: Tensor | None, *, plan: Plan, sequences: int, tokens: int, config: Config | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(offsets, operators) of every segment but the last; an offset of a first segment is already the state at its end."""
+    cu_chunks: Tensor | None, *, plan: Plan, sequences: int, tokens: int, forgets: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(offsets, operators, lost) of every segment but the last; an offset of a first segment is already the state at its end.
+
+    ``forgets``: as for ``scan``; ``lost`` is None where it is.
+    """
     (v_heads, key_dim), value_dim = erase.shape[1::2], u.shape[3]
     config = config or config_of("kda_scan_build", erase, shape_class(key_dim, erase.dtype))
     block = min(config["BV"], key_dim, value_dim)
     offsets = decay.new_empty(plan.boundaries, v_heads, value_dim, key_dim)
     operators = decay.new_empty(plan.boundaries, v_heads, key_dim, key_dim)
+    lost = None if forgets is None else offsets.new_empty(plan.boundaries, v_heads, dtype=torch.int32)
     build_kernel[((value_dim + key_dim) // block * v_heads * plan.boundaries,)](
-        erase, u, write, decay, initial_state, offsets, operators, cu_seqlens, cu_chunks,
+        erase, u, write, decay, forgets, initial_state, offsets, operators, lost, cu_seqlens, cu_chunks,
         sequences, tokens, plan.cut.most, plan.cut.least, plan.apart,
         v_heads, key_dim, value_dim, min(config["BK"], key_dim), block, plan.cut.FEWEST, cu_seqlens is not None,
-        initial_state is not None,
+        initial_state is not None, forgets is not None,
         config.num_stages, precision_of(erase.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return offsets, operators
+    return offsets, operators, lost
 
 
 def combine(
-    offsets: Tensor, operators: Tensor, cu_seqlens: Tensor | None, cu_chunks: Tensor | None, *, plan: Plan,
-    sequences: int, tokens: int, reverse: bool,
+    offsets: Tensor, operators: Tensor, lost: Tensor | None, cu_seqlens: Tensor | None, cu_chunks: Tensor | None, *,
+    plan: Plan, sequences: int, tokens: int, reverse: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """``offsets`` become states at the boundaries, in place; ``reverse``: gradients with respect to them."""
+    """``offsets`` become states at the boundaries, in place; ``reverse``: gradients with respect to them.
+
+    Operators that are ``lost`` are not read, and what lies behind them does not wait for what lies before.
+    ``dtype``: the inputs'. For 16 bits one tf32 product is enough, of a state that each chunk rounds to bf16 before it is read.
+    """
     v_heads, value_dim, key_dim = offsets.shape[1:]
     config = config_of("kda_scan_combine", offsets, "any")
     block = config["BV"]
-    combine_kernel[(value_dim // block * v_heads * sequences,)](
-        offsets, operators, cu_seqlens, cu_chunks, tokens, plan.cut.most, plan.cut.least, plan.apart,
-        v_heads, key_dim, value_dim, block, config["BK"], plan.cut.FEWEST, cu_seqlens is not None, reverse,
-        config.num_stages, "tf32x3",
+    combine_kernel[(value_dim // block * v_heads * (sequences if lost is None else plan.boundaries),)](
+        offsets, operators, lost, cu_seqlens, cu_chunks, sequences, tokens, plan.cut.most, plan.cut.least, plan.apart,
+        v_heads, key_dim, value_dim, block, config["BK"], plan.cut.FEWEST, triton.next_power_of_2(plan.cut.most),
+        cu_seqlens is not None, reverse, lost is not None,
+        config.num_stages, precision_of(dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -139,14 +157,34 @@ def segment_of(z, cu_chunks, num_sequences, least, apart, PACKED: tl.constexpr):
     return n, s
 
 
+@triton.jit
+def chunks_that_forget(forgets, hv, chunk, step, length, HV: tl.constexpr):
+    """(n, whether they do): the fewest chunks, from ``chunk`` on in steps of ``step`` 1 or -1, that together leave less than
+    2^-GONE of a state; all ``length`` where even they leave more."""
+    B: tl.constexpr = 64  # loaded together: one after the other they would cost a trip to the L2 each
+    some = tl.arange(0, B)
+    known, found, total = length * 0, length, 0.0
+    while (known < length) & (found == length):
+        at = known + some
+        x = tl.load(forgets + (chunk + step * at).to(tl.int64) * HV + hv, at < length, 0.0)
+        far = (total + tl.cumsum(x, 0) < -GONE) & (at < length)
+        found = tl.min(tl.where(far, at, length), 0)
+        total += tl.sum(x, 0)
+        known += B
+    return tl.minimum(found + 1, length), found < length
+
+
 @triton.jit(do_not_specialize=["num_sequences", "tokens", "most", "least", "apart"])
 def build_kernel(
-    erase, u, write, decay, initial_state, offsets, operators, cu_seqlens, cu_chunks,
+    erase, u, write, decay, forgets, initial_state, offsets, operators, lost, cu_seqlens, cu_chunks,
     num_sequences, tokens, most, least, apart,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FEWEST: tl.constexpr,
-    PACKED: tl.constexpr, HAS_STATE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_STATE: tl.constexpr, FORGETS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Offset and operator of every segment but the last. (V + K) / BV * HV * boundaries programs; state [K, BV] in registers."""
+    """Offset and operator of every segment but the last. (V + K) / BV * HV * boundaries programs; state [K, BV] in registers.
+
+    FORGETS: where a segment's last chunks forget all that enters them, an offset is built from these, and an operator is zero.
+    """
     C: tl.constexpr = 64
     part, hv, b = place_of_program(tl.program_id(0), HV, (V + K) // BV)
     n, s = boundary_of(b, cu_chunks, num_sequences, least, apart, PACKED)
@@ -155,6 +193,12 @@ def build_kernel(
     own = part < V // BV
     if s + 1 >= count or (s == 0 and not own):
         return
+    begin, end = s * chunks // count, (s + 1) * chunks // count
+    if FORGETS:
+        walked, forgotten = chunks_that_forget(forgets, hv, first + end - 1, -1, end - begin, HV)
+        begin = end - tl.where(forgotten & (part >= V // BV), 0, walked)
+        if part == 0:
+            tl.store(lost + b.to(tl.int64) * HV + hv, forgotten.to(tl.int32))
     row, dim_k, dim_v = tl.arange(0, C), tl.arange(0, BK), part * BV + tl.arange(0, BV)
     place = ((n * HV + hv).to(tl.int64) * V + dim_v)[None, :] * K + dim_k[:, None]
     state = ()
@@ -164,8 +208,10 @@ def build_kernel(
         if HAS_STATE:
             if s == 0:
                 slab = tl.load(initial_state + place + p * BK)
+        if FORGETS:
+            slab = tl.where(forgotten, 0.0, slab)
         state += (slab,)
-    for i in tl.range(s * chunks // count, (s + 1) * chunks // count, num_stages=STAGES):
+    for i in tl.range(begin, end, num_stages=STAGES):
         slot = (first + i).to(tl.int64) * HV + hv
         at = slot * C + row
         in_k = at[:, None] * K + dim_k[None, :]
@@ -190,30 +236,50 @@ def build_kernel(
             tl.store(operators + (at * K + dim_v - V)[None, :] * K + dim[:, None], state[p])
 
 
-@triton.jit(do_not_specialize=["tokens", "most", "least", "apart"])
+@triton.jit(do_not_specialize=["num_sequences", "tokens", "most", "least", "apart"])
 def combine_kernel(
-    offsets, operators, cu_seqlens, cu_chunks, tokens, most, least, apart,
+    offsets, operators, lost, cu_seqlens, cu_chunks, num_sequences, tokens, most, least, apart,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FEWEST: tl.constexpr,
-    PACKED: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    MOST: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, LOST: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Offsets become states at the boundaries, in order; REVERSE: gradients with respect to them, from the last.
 
     S_b = S_(b-1) P_b + O_b    dS_(b-1) = dS_b P_b^T + O_(b-1)    V / BV * HV * sequences programs; state [BV, K] in registers.
+    LOST: a program for every boundary instead, of which those work that depend on no other boundary, each until the next such.
     """
-    part, hv, n = place_of_program(tl.program_id(0), HV, V // BV)
+    part, hv, z = place_of_program(tl.program_id(0), HV, V // BV)
+    n, s = z, z * 0
+    if LOST:
+        n, s = boundary_of(z, cu_chunks, num_sequences, least, apart, PACKED)
     _, _, first, chunks = sequence_of(n, cu_seqlens, cu_chunks, tokens, PACKED)
     bounds = segments_of(chunks, most, least, FEWEST) - 1
-    if bounds < 2:
+    if bounds < 2 or s >= bounds:
         return
-    begin = first_boundary(n, first, least, apart)
+    if REVERSE and not LOST:
+        s = bounds - 1
+    here, steps = first_boundary(n, first, least, apart) + s, bounds - 1 - s
+    if REVERSE:
+        steps = s
+    if LOST:
+        # The flag of step i, from here to the i-th boundary after it (REVERSE: before it); of step 0, to this one.
+        step = 1 + tl.arange(0, MOST)
+        if REVERSE:
+            own, flags, waits = here + 1, here + 1 - step, s + 1 < bounds
+        else:
+            own, flags, waits = here, here + step, s > 0
+        if tl.load(lost + own.to(tl.int64) * HV + hv, waits, 1) == 0:
+            return
+        ends = tl.load(lost + flags.to(tl.int64) * HV + hv, step <= steps, 1) != 0
+        steps = tl.min(tl.where(ends, step, MOST), 0) - 1
     dim_k, dim_v = tl.arange(0, K), part * BV + tl.arange(0, BV)
     place = dim_v[:, None] * K + dim_k[None, :]
-    for i in range(1, bounds):
+    for i in range(1, steps + 1):
         if REVERSE:
-            at, before = begin + bounds - 1 - i, begin + bounds - i
+            at, before = here - i, here - i + 1
             operator = operators + (before.to(tl.int64) * HV + hv) * K * K
         else:
-            at, before = begin + i, begin + i - 1
+            at, before = here + i, here + i - 1
             operator = operators + (at.to(tl.int64) * HV + hv) * K * K
         target = offsets + (at.to(tl.int64) * HV + hv) * V * K + place
         entering = offsets + ((before.to(tl.int64) * HV + hv) * V + dim_v)[:, None] * K

@@ -1,14 +1,11 @@
 """Pairs inside the tiles and channels that prepare.py calls steep, and their backward, without products.
 
-    keys[r, i] = sum_k k_r k_i 2^(p_r - p_i), i < r    queries the same with scale q_r, and i <= r
+    pairs_k[r, i] += sum_k k_r k_i 2^(p_r - p_i), i < r    pairs_q the same with scale q_r, and i <= r
 
 p as in prepare.py, in fp32: the exponent is known to 2^-12 even where a step forgets 2^-140. Nearly all programs end at once,
 for a steep channel forgets more than 2^-MAX_RANGE in a tile twice over. Of a tile that has one, groups of G channels with a
 steep one are computed whole, all 16 x 16 pairs at once. Grid (chunks, HV), one program per chunk.
-Two numbers of a chunk are found here as well, [chunks, HV] int32: ``served``, 1 where an anchor in its middle serves all its
-channels, and ``reaches``, the ``reach`` of all of them.
-steep [chunks, HV, 2, C, 16] fp32, queries then keys, columns counted from the tile's start; written only in chunks with a
-steep tile, there whole.
+Found here as well: ``served`` [chunks, HV] int32, 1 where an anchor in the chunk's middle serves all its channels.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_linear.kernels.triton.common import STEEP, G, chunk_log2_decay, chunk_of, gate_gradient, power2, reach
+from kimi_linear.kernels.triton.common import STEEP, G, chunk_log2_decay, chunk_of, gate_gradient, power2
 
 
 @triton.jit
@@ -51,9 +48,14 @@ def _fading(gate, dt_bias, row, inside, here, dim, stride, amount, lower_bound, 
     return x, g, power2(tl.minimum(p[:, None, :] - p[None, :, :], 0.0), DOT)
 
 
+@triton.jit
+def _add(to, value, mask):
+    tl.store(to, (tl.load(to, mask, 0.0).to(tl.float32) + value).to(to.dtype.element_ty), mask)
+
+
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
 def steep_kernel(
-    q, k, gate, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, flags, served, reaches, steep,
+    q, k, gate, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, flags, served, pairs_q, pairs_k,
     scale, lower_bound, num_sequences, tokens, stride_q, stride_k, stride_g,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
@@ -67,7 +69,6 @@ def steep_kernel(
     any_steep = tl.max(tl.load(flags + at * 4 + tl.arange(0, 4)), 0) > 0
     one = one_serves(totals + at * 4 * K, K, DOT) & (any_steep == 0)
     tl.store(served + at, one.to(tl.int32))
-    tl.store(reaches + at, reach(totals + at * 4 * K, tl.arange(0, K), K))
     if any_steep == 0:
         return
     h = hv // (HV // H)
@@ -77,9 +78,9 @@ def steep_kernel(
         amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
         dt_bias += hv * K
     for tile in range(4):
-        queries, keys = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
         groups = tl.load(flags + at * 4 + tile)
         if groups > 0:
+            queries, keys = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
             start = first + tile * 16
             inside = (row < (stop - start).to(tl.int32))[:, None]
             norm_k = _rows(k, start * stride_k + h * K, row, inside, stride_k, K, NORMALIZE)
@@ -99,14 +100,9 @@ def steep_kernel(
                     faded = b_k[None, :, :] * fading
                     queries += tl.sum(b_q[:, None, :] * faded, 2)
                     keys += tl.sum(b_k[:, None, :] * faded, 2)
-        cell = (tile * 16 + row[:, None]) * 16 + column[None, :]
-        tl.store(steep + at * 2 * C * 16 + cell, queries)
-        tl.store(steep + (at * 2 + 1) * C * 16 + cell, keys)
-
-
-@triton.jit
-def _add(to, value, mask):
-    tl.store(to, (tl.load(to, mask, 0.0).to(tl.float32) + value).to(to.dtype.element_ty), mask)
+            cell = at * C * C + (tile * 16 + row[:, None]) * C + tile * 16 + column[None, :]
+            _add(pairs_q + cell, queries, row[:, None] >= column[None, :])
+            _add(pairs_k + cell, keys, row[:, None] > column[None, :])
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
