@@ -97,14 +97,16 @@ def _train(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _lengths(*inputs: Any) -> Iterator[tuple[Any, ...]]:
     """Inputs of the same kernels and little memory: one sequence of a few tokens, and where long ones are cut into segments, which
-    takes other kernels, one that is."""
+    takes other kernels, one that is. First what is like these inputs."""
     from kimi_linear.kernels.triton.cuts import Cut, choose_cut, may_be_cut
     from kimi_linear.kernels.triton.saved import CHUNK
 
     *rows, A_log, dt_bias, initial_state, cu_seqlens = inputs[: _DIFFERENTIABLE + 1]
     heads = rows[2].shape[2:]
     state = None if initial_state is None else initial_state.new_empty(1, *initial_state.shape[1:])
-    for tokens in (CHUNK, Cut.FEWEST * choose_cut(*heads).least * CHUNK)[: 1 + may_be_cut(*heads)]:
+    short, long = CHUNK, Cut.FEWEST * choose_cut(*heads).least * CHUNK
+    is_long = rows[0].shape[1] >= long  # packed sequences may each be short: then what they need comes second
+    for tokens in ((long, short) if is_long else (short, long)) if may_be_cut(*heads) else (short,):
         # Parts of what was given, as strides matter to a kernel.
         some = [x[:1, :tokens] if x.shape[1] >= tokens else x.new_empty(1, tokens, *x.shape[2:]) for x in rows]
         ends = None
@@ -113,16 +115,18 @@ def _lengths(*inputs: Any) -> Iterator[tuple[Any, ...]]:
         yield (*some, A_log, dt_bias, state, ends, *inputs[_DIFFERENTIABLE + 1 :])
 
 
-def _rehearse(*inputs: Any) -> None:
+def _rehearse(*inputs: Any) -> Iterator[None]:
     for some in _lengths(*inputs):
         _forward(*some)
+        yield
 
 
-def _rehearse_training(*inputs: Any) -> None:
+def _rehearse_training(*inputs: Any) -> Iterator[None]:
     """The backward, too, which will come: of the output alone, as is usual."""
     for some in _lengths(*inputs):
         output, _, *saved = _train(*some)
         _backward(*some, saved, output, torch.empty_like(output), None)
+        yield
 
 
 def _train_fake(*inputs: Any) -> tuple[Tensor, ...]:

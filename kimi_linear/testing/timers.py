@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 L2_BYTES = 256 * 2**20
 """More than the L2 of any GPU there is, so that zeroing this much flushes it."""
-FLUSHES = 8
-"""Zeroing it this often keeps a GPU busy for half a millisecond, in which the host gets ahead: a launch path shorter than
-that does not count as time of the kernels."""
+FLUSHES = 16
+"""Zeroing it this often keeps a GPU busy for a millisecond or more, in which the host gets ahead: a launch path shorter than
+that does not count as time of the kernels. Eight kernels take a slow host 0.7 ms to launch, Python's caches being cold."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
     monkeypatch.setattr(JITFunction, "run", launch)
     machine.forget()
     yield machine
+    compile_ahead.wait_for_later()
     assert JITFunction.run is launch, "a rehearsal left its own behind"
     machine.forget()
 
@@ -295,6 +296,28 @@ def test_a_mode_that_somebody_else_has_set_is_left_alone(machine: Machine) -> No
     assert machine.compiled == [("add", "theirs")]
 
 
+def test_a_call_does_not_wait_for_what_is_rehearsed_after_a_yield(machine: Machine) -> None:
+    gate = threading.Event()
+
+    def rehearse(x: Any) -> Iterator[None]:
+        add[(1,)](x, 1)
+        yield
+        scale[(1,)](x)
+        yield
+
+    def slow() -> None:
+        if len(machine.compiled) == 2:
+            assert gate.wait(60)
+
+    machine.when_compiled = slow
+    compile_ahead.call("op", lambda x: add[(1,)](x, 1), rehearse, (X,))
+    gate.set()
+    compile_ahead.wait_for_later()
+    assert machine.compiled == [("add", "compile"), ("scale", "compile")]
+    compile_ahead.call("op", lambda x: scale[(1,)](x), pytest.fail, (X,))
+    assert len(machine.compiled) == 2
+
+
 def test_a_rehearsal_takes_little_memory_whatever_the_call_takes(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +336,8 @@ def test_a_rehearsal_takes_little_memory_whatever_the_call_takes(
     rows = (*wide.unbind(2), torch.zeros(2, 5000, 1, 32, dtype=torch.bfloat16), torch.zeros(2, 5000, 1))
     inputs = (*rows, None, None, None, None, None, 1.0, True)
     compile_ahead.call("op", operator._train, operator._rehearse_training, inputs)
-    assert seen == [5000, 64, 2048]
+    compile_ahead.wait_for_later()
+    assert seen == [5000, 2048, 64]
     assert {thread for _, thread in machine.compiled} == {"compile"}
 
 
@@ -354,6 +378,7 @@ def test_lengths_that_need_other_kernels_have_them_compiled_too(
         return (*rows, torch.zeros(1, tokens, 1), None, None, None, lengths, None, 1.0, True)
 
     compile_ahead.call("op", operator._forward, operator._rehearse, inputs(first))
+    compile_ahead.wait_for_later()
     before = len(machine.compiled)
     assert {name for name, _ in machine.compiled} >= {"build_kernel", "combine_kernel", "scan_kernel", "solve_kernel"}
     compile_ahead.call("op", operator._forward, pytest.fail, inputs(other))

@@ -80,6 +80,7 @@ def test_bitwise_what_compiling_in_turn_gives() -> None:
     assert together["finite"]
     assert together["digests"] == in_turn["digests"]
     assert "compile" not in in_turn["threads"]
-    # Neither the forward nor the backward, which runs in a thread of autograd's, had anything left to compile.
+    # Neither the forward nor the backward, which runs in a thread of autograd's, had anything left to compile. More is compiled
+    # beside them, for long sequences.
     assert set(together["threads"]) == {"compile"}
-    assert len(together["threads"]) == len(in_turn["threads"]) > 8
+    assert len(together["threads"]) >= len(in_turn["threads"]) > 8

@@ -211,8 +211,8 @@ def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared
             min(preparing["BK"], key_dim), save, forgets, layout.dot, layout.precision, preparing.num_stages, **preparing.options,
         )  # fmt: skip
         steep_kernel[grid](
-            *given, anchors, totals, tiles.flags, tiles.served, prepared.pairs_q, pairs_k, *sizes, *strides, layout.dot,
-            **steeping.options,
+            *given, anchors, totals, tiles.flags, tiles.served, prepared.pairs_q, pairs_k, *sizes, *strides, save,
+            layout.dot, **steeping.options,
         )  # fmt: skip
         solve_kernel[grid](
             v, beta, *place, pairs_k, prepared.erase, prepared.u, prepared.forgets, prepared.inverse,

@@ -17,10 +17,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import getclosurevars
 from typing import Any
 
@@ -42,7 +43,8 @@ def call(name: str, kernel: Callable[..., Any], rehearse: Callable[..., object],
         name: of the operation, for the log.
         kernel: launches Triton kernels on the current device.
         rehearse: launches the same on the same arguments, and more where more will be needed soon, such as a backward. What
-            its kernels should have written is not there, so it must not read numbers, and write none but its own.
+            its kernels should have written is not there, so it must not read numbers, and write none but its own. Of a generator
+            the call waits only for what it launches before it first yields; the rest is compiled while the call goes on.
         arguments: as both take them.
 
     Raises:
@@ -81,21 +83,46 @@ def _compile_all(name: str, rehearse: Callable[..., object], arguments: tuple[An
     threads, start, found = _threads(), time.monotonic(), {}
     if threads == 1 or _is_recorded():
         return found
-    rehearsal = _Rehearsal()
+    rehearsal, needed = _Rehearsal(), 0
     try:
         with rehearsal.nothing_is_launched():
-            rehearse(*arguments)
+            steps = rehearse(*arguments)
+            for _ in steps if isinstance(steps, Generator) else ():
+                needed = needed or len(rehearsal.missing)
     except Exception:  # such as too little memory for a backward besides
         log.warning("%s: rehearsal failed; kernels may be compiled one after the other", name, exc_info=True)
-    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
-        for key, missing, future in _compiling(rehearsal.missing, pool):
-            try:
-                found[key] = future.result()
-                missing.finish(found[key])
-            except Exception as error:
-                log.warning("%s: %s was not compiled ahead: %s: %s", name, missing.kernel, type(error).__name__, error)
+    missing, turn = list(rehearsal.missing.items()), threading.Lock()
+    needed = needed or len(missing)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+    started = _compiling(missing[:needed], pool, turn)
+    for key, later, future in _compiling(missing[needed:], pool, turn):
+        _LATER.add(future)
+        future.add_done_callback(partial(_finish, name, key, later, {}))
+    for key, wanted, future in started:
+        wait([future])
+        _finish(name, key, wanted, found, future)
+    pool.shutdown(wait=False)
     log.debug("%s: %d kernels compiled or read in %.2f s", name, len(found), time.monotonic() - start)
     return found
+
+
+_LATER = set[Future[Any]]()
+
+
+def wait_for_later() -> None:
+    """Until what earlier calls left to be compiled beside them is."""
+    while _LATER:
+        wait(list(_LATER))
+        time.sleep(0.001)  # a future is done before its callback is
+
+
+def _finish(name: str, key: str, missing: _Missing, found: dict[str, Any], future: Future[Any]) -> None:
+    try:
+        found[key] = future.result()
+        missing.finish(found[key])
+    except Exception as error:
+        log.warning("%s: %s was not compiled ahead: %s: %s", name, missing.kernel, type(error).__name__, error)
+    _LATER.discard(future)
 
 
 def _is_recorded() -> bool:
@@ -160,14 +187,15 @@ class _Rehearsal:
                 JITFunction.run = run
 
 
-def _compiling(missing: dict[str, _Missing], pool: ThreadPoolExecutor) -> list[tuple[str, _Missing, Future[Any]]]:
+def _compiling(
+    missing: list[tuple[str, _Missing]], pool: ThreadPoolExecutor, turn: threading.Lock
+) -> list[tuple[str, _Missing, Future[Any]]]:
     """Started, the longest source first, and after them their launchers, which depend on the types of arguments alone.
 
     Python's part of a compilation, from its source to Triton's first language, is a tenth of the whole and holds Python's lock.
     If eleven threads shared that by turns, all would be late for the rest; so one goes through it at a time.
     """
-    turn = threading.Lock()
-    ordered = sorted(missing.items(), key=lambda item: -item[1].size)
+    ordered = sorted(missing, key=lambda item: -item[1].size)
     sources = [m.source for _, m in ordered if m.source is not None]
     for source in sources:
         source.make_ir = _in_turn(source.make_ir, turn)

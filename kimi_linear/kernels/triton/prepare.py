@@ -181,9 +181,9 @@ def prepare_kernel(
         tl.store(pairs_k + token * C + tile * 16 + c, of_k[0].to(pairs_k.dtype.element_ty), r > c)
         for back in tl.static_range(3):
             other = tile - 1 - back
-            cell = token * C + other * 16 + c
-            tl.store(pairs_q + cell, of_q[back + 1].to(DOT), (r >= 0) & (other >= 0))
-            tl.store(pairs_k + cell, of_k[back + 1].to(pairs_k.dtype.element_ty), (r >= 0) & (other >= 0))
+            cell, there = token * C + other * 16 + c, (r >= 0) & (other >= 0)
+            tl.store(pairs_q + cell, of_q[back + 1].to(DOT), there)
+            tl.store(pairs_k + cell, of_k[back + 1].to(pairs_k.dtype.element_ty), there)
             other = tile + 1 + back
             tl.store(pairs_q + token * C + other * 16 + c, tl.zeros([16, 16], DOT), (r >= 0) & (other < 4))
     if FORGETS:

@@ -84,9 +84,9 @@ def combine(
     block = config["BV"]
     combine_kernel[(value_dim // block * v_heads * (sequences if lost is None else plan.boundaries),)](
         offsets, operators, lost, cu_seqlens, cu_chunks, sequences, tokens, plan.cut.most, plan.cut.least, plan.apart,
-        v_heads, key_dim, value_dim, block, config["BK"], plan.cut.FEWEST, triton.next_power_of_2(plan.cut.most),
+        v_heads, key_dim, value_dim, block, min(config["BK"], key_dim), plan.cut.FEWEST, triton.next_power_of_2(plan.cut.most),
         cu_seqlens is not None, reverse, lost is not None,
-        config.num_stages, precision_of(dtype),
+        config.num_stages if key_dim <= 128 else 1, precision_of(dtype),  # of 256 KiB a step one stage is all there is room for
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -272,24 +272,28 @@ def combine_kernel(
             return
         ends = tl.load(lost + flags.to(tl.int64) * HV + hv, step <= steps, 1) != 0
         steps = tl.min(tl.where(ends, step, MOST), 0) - 1
-    dim_k, dim_v = tl.arange(0, K), part * BV + tl.arange(0, BV)
-    place = dim_v[:, None] * K + dim_k[None, :]
-    for i in range(1, steps + 1):
+    dim_k, dim_v = tl.arange(0, BK), part * BV + tl.arange(0, BV)
+    place, of_head = hv * V * K + dim_v[:, None] * K + dim_k[None, :], hv.to(tl.int64) * K * K
+    state = ()
+    for p in tl.static_range(K // BK):
+        state += (tl.load(offsets + here.to(tl.int64) * HV * V * K + place + p * BK),)
+    # What a step loads does not depend on the state, so it runs ahead.
+    for i in tl.range(1, steps + 1, num_stages=STAGES):
         if REVERSE:
-            at, before = here - i, here - i + 1
-            operator = operators + (before.to(tl.int64) * HV + hv) * K * K
+            at, behind = here - i, here - i + 1
         else:
-            at, before = here + i, here + i - 1
-            operator = operators + (at.to(tl.int64) * HV + hv) * K * K
-        target = offsets + (at.to(tl.int64) * HV + hv) * V * K + place
-        entering = offsets + ((before.to(tl.int64) * HV + hv) * V + dim_v)[:, None] * K
-        state = tl.load(target)
-        for block in tl.range(K // BK, num_stages=STAGES):
-            dim = block * BK + tl.arange(0, BK)
-            if REVERSE:
-                b_operator = tl.load(operator + dim_k[None, :] * K + dim[:, None])
-            else:
-                b_operator = tl.load(operator + dim[:, None] * K + dim_k[None, :])
-            state = tl.dot(tl.load(entering + dim[None, :]), b_operator, state, input_precision=PRECISION)
-        tl.store(target, state)
-        tl.debug_barrier()  # the next step reads what other threads of this program have just stored
+            at, behind = here + i, here + i
+        target = offsets + at.to(tl.int64) * HV * V * K + place
+        operator = operators + behind.to(tl.int64) * HV * K * K + of_head
+        after = ()
+        for p in tl.static_range(K // BK):
+            new = tl.load(target + p * BK)
+            for q in tl.static_range(K // BK):
+                if REVERSE:
+                    block = tl.load(operator + (p * BK + dim_k)[None, :] * K + (q * BK + dim_k)[:, None])
+                else:
+                    block = tl.load(operator + (q * BK + dim_k)[:, None] * K + (p * BK + dim_k)[None, :])
+                new = tl.dot(state[q], block, new, input_precision=PRECISION)
+            tl.store(target + p * BK, new)
+            after += (new,)
+        state = after

@@ -5,7 +5,7 @@
 p as in prepare.py, in fp32: the exponent is known to 2^-12 even where a step forgets 2^-140. Nearly all programs end at once,
 for a steep channel forgets more than 2^-MAX_RANGE in a tile twice over. Of a tile that has one, groups of G channels with a
 steep one are computed whole, all 16 x 16 pairs at once. Grid (chunks, HV), one program per chunk.
-Found here as well: ``served`` [chunks, HV] int32, 1 where an anchor in the chunk's middle serves all its channels.
+With SAVE, for the backward: ``served`` [chunks, HV] int32, 1 where an anchor in the chunk's middle serves all its channels.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def steep_kernel(
     q, k, gate, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, flags, served, pairs_q, pairs_k,
     scale, lower_bound, num_sequences, tokens, stride_q, stride_k, stride_g,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+    GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = 64
     chunk, hv = tl.program_id(0), tl.program_id(1)
@@ -67,8 +67,9 @@ def steep_kernel(
     if first >= stop:
         return
     any_steep = tl.max(tl.load(flags + at * 4 + tl.arange(0, 4)), 0) > 0
-    one = one_serves(totals + at * 4 * K, K, DOT) & (any_steep == 0)
-    tl.store(served + at, one.to(tl.int32))
+    if SAVE:
+        one = one_serves(totals + at * 4 * K, K, DOT) & (any_steep == 0)
+        tl.store(served + at, one.to(tl.int32))
     if any_steep == 0:
         return
     h = hv // (HV // H)
