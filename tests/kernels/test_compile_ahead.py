@@ -74,7 +74,7 @@ class Machine:
     read: list[tuple[str, str]] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)
     cubins: dict[str, bytes] = field(default_factory=dict)
-    when_compiled: Callable[[], object] = lambda: None
+    when_compiled: Callable[[str], object] = lambda _: None
 
     def forget(self, kernels: tuple[Any, ...] = (add, scale, turn, broken)) -> None:
         """As in a new process."""
@@ -93,7 +93,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
         events = machine.read if cache_hit else machine.compiled
         events.append((src.fn.__name__, threading.current_thread().name.split("_")[0]))
         if not cache_hit:
-            machine.when_compiled()
+            machine.when_compiled(src.fn.__name__)
 
     def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **keywords)
@@ -154,12 +154,12 @@ def test_side_by_side_and_the_same_code(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     both = threading.Barrier(2)
-    machine.when_compiled = lambda: both.wait(20)  # one after the other would not get past this
+    machine.when_compiled = lambda _: both.wait(20)  # one after the other would not get past this
     compile_ahead.call("op", forward, forward, (X,))
     assert warnings(caplog) == []
     together = dict(machine.cubins)
     machine.forget()
-    machine.when_compiled = lambda: None
+    machine.when_compiled = lambda _: None
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
     forward(X)
     assert machine.compiled == [("add", "MainThread"), ("scale", "MainThread")]
@@ -305,17 +305,40 @@ def test_a_call_does_not_wait_for_what_is_rehearsed_after_a_yield(machine: Machi
         scale[(1,)](x)
         yield
 
-    def slow() -> None:
-        if len(machine.compiled) == 2:
+    def slow(kernel: str) -> None:
+        if kernel == "scale":
             assert gate.wait(60)
 
     machine.when_compiled = slow
     compile_ahead.call("op", lambda x: add[(1,)](x, 1), rehearse, (X,))
     gate.set()
     compile_ahead.wait_for_later()
-    assert machine.compiled == [("add", "compile"), ("scale", "compile")]
+    assert sorted(machine.compiled) == [("add", "compile"), ("scale", "compile")]
     compile_ahead.call("op", lambda x: scale[(1,)](x), pytest.fail, (X,))
     assert len(machine.compiled) == 2
+
+
+def test_a_call_waits_for_what_an_earlier_one_left_to_be_compiled(machine: Machine) -> None:
+    begun, gate = threading.Event(), threading.Event()
+
+    def rehearse(x: Any) -> Iterator[None]:
+        add[(1,)](x, 1)
+        yield
+        scale[(1,)](x)
+        yield
+
+    def slow(kernel: str) -> None:
+        if kernel == "scale":
+            begun.set()
+            assert gate.wait(60)
+
+    machine.when_compiled = slow
+    compile_ahead.call("op", lambda x: add[(1,)](x, 1), rehearse, (X,))
+    assert begun.wait(60)
+    threading.Timer(0.2, gate.set).start()
+    compile_ahead.call("op", lambda x: scale[(1,)](x), pytest.fail, (X,))
+    assert sorted(machine.compiled) == [("add", "compile"), ("scale", "compile")]
+    assert machine.launched == ["add", "scale"]
 
 
 def test_a_rehearsal_takes_little_memory_whatever_the_call_takes(

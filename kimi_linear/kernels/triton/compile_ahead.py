@@ -2,9 +2,9 @@
 
 Triton compiles a kernel when it is first launched, so a call that lacks eleven waits for one after the other, and after each for
 a C compiler that makes its launcher. Here the first launch whose kernel is not in memory stops for a rehearsal: the operation
-runs again from its start, on the same tensors, but launches nothing and writes down every kernel that it lacks. These are
+runs again from its start, but launches nothing and writes down every kernel that it lacks. These are
 compiled in threads, which is done soon after the slowest is, as Triton lets go of Python's lock in all its passes. Then the call
-goes on.
+goes on. What only other calls will need, such as longer ones, is compiled while it does.
 
 Nothing is guessed about which kernels there are: a new dtype, head size or kind of gate is noticed by the launch that lacks its
 kernel, and a call that lacks none sets one context variable. Nor can a result change: what a rehearsal computes is thrown away,
@@ -69,7 +69,14 @@ class _Call:
 
     def submit(self, key: str, compile_kernel: Callable[[], Any], finish: Callable[[Any], None], *_: Any) -> Any:
         found = None
-        if self.rehearse is not None:
+        if key in _LATER:  # an earlier call has it compiled
+            try:
+                found = _LATER[key].result()
+            except Exception:
+                log.debug("%s: compiled again, as it failed beside an earlier call", self.name, exc_info=True)
+            else:
+                finish(found)
+        elif self.rehearse is not None:
             rehearse, self.rehearse = self.rehearse, None  # once in a call
             found = _compile_all(self.name, rehearse, self.arguments).get(key)
         if found is None:
@@ -96,7 +103,7 @@ def _compile_all(name: str, rehearse: Callable[..., object], arguments: tuple[An
     pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
     started = _compiling(missing[:needed], pool, turn)
     for key, later, future in _compiling(missing[needed:], pool, turn):
-        _LATER.add(future)
+        _LATER[key] = future
         future.add_done_callback(partial(_finish, name, key, later, {}))
     for key, wanted, future in started:
         wait([future])
@@ -106,13 +113,14 @@ def _compile_all(name: str, rehearse: Callable[..., object], arguments: tuple[An
     return found
 
 
-_LATER = set[Future[Any]]()
+_LATER = dict[str, Future[Any]]()
+"""By Triton's keys, what earlier calls left to be compiled beside them."""
 
 
 def wait_for_later() -> None:
     """Until what earlier calls left to be compiled beside them is."""
     while _LATER:
-        wait(list(_LATER))
+        wait(list(_LATER.values()))
         time.sleep(0.001)  # a future is done before its callback is
 
 
@@ -122,7 +130,7 @@ def _finish(name: str, key: str, missing: _Missing, found: dict[str, Any], futur
         missing.finish(found[key])
     except Exception as error:
         log.warning("%s: %s was not compiled ahead: %s: %s", name, missing.kernel, type(error).__name__, error)
-    _LATER.discard(future)
+    _LATER.pop(key, None)
 
 
 def _is_recorded() -> bool:
