@@ -9,17 +9,20 @@ more for every tile that follows. Inside a tile
 
     late = q 2^(p - a), k 2^(p - a)    early = k 2^(a - p)
 
-where a is the anchor of each channel: 0, so that what a token holds depends on the
-tokens before it alone, while the channel forgets at most 2^-MAX_RANGE in the tile; where it forgets more, p at the last token
-that is not below -DEEPEST (for fp32 less, as common.py says). A channel that forgets more than 2^-MAX_RANGE from there on too is steep: there a = 0,
-``anchors`` holds STEEP, and the pairs inside the tile are left to steep.py.
+where a is the anchor of each channel: 0, so that what a token holds depends on the tokens before it alone, while the channel
+forgets at most 2^-MAX_RANGE in the tile; where it forgets more, p at the last token that is not below -DEEPEST (for fp32 less,
+as common.py says). A channel that forgets more than 2^-MAX_RANGE from there on too is steep: there a = 0, ``anchors`` holds
+STEEP, and the pairs inside the tile are left to steep.py.
 
-The running sum stays in the layout of the loads, with few registers, and many programs hide the memory's latency.
-Grid (chunks, HV). Outputs lie chunk by chunk: late [2, chunks, HV, C, K] (read, then keys), write [chunks, HV, C, K],
-pairs_q, pairs_k [chunks, HV, C, C] (pairs_k below its diagonal only), decay [chunks, HV, K] fp32; for steep.py and the backward
-anchors, totals (p at the tile's end) [chunks, HV, 4, K] fp32, flags [chunks, HV, 4] int32, a bit for every G channels
-of a tile, set where one of them is steep; with SAVE also norms
-[chunks, HV, 2, C] fp32, what the rows of k and of q were scaled by.
+The running sum stays in the layout of the loads, and the next tile's q, k and gate are on their way while one is at work. Slices
+of BK channels are for fp32: products of whole rows, in three terms, would spill. Two warps at most where a row is one slice:
+what belongs to channels, each warp does for itself.
+Grid (chunks, HV). Outputs lie chunk by chunk: late [2, chunks, HV, C, K] (read, then keys), write [chunks, HV, C, K], pairs_q,
+pairs_k [chunks, HV, C, C] (pairs_k below its diagonal only), decay [chunks, HV, K] fp32; for steep.py and the backward anchors,
+totals (p at the tile's end) [chunks, HV, 4, K] fp32, flags [chunks, HV, 4] int32, a bit for every G channels of a tile, set
+where one of them is steep; with SAVE also norms [chunks, HV, 2, C] fp32, what the rows of k and of q were scaled by. With
+FORGETS ``forgets`` [chunks, HV] fp32, for segments.py: the sum over tokens of the slowest channel's log2-decay, a bound of the
+chunk's log2-norm as a map of states, if solve.py agrees.
 """
 
 from __future__ import annotations
