@@ -37,8 +37,9 @@ CALLS = 5
 """Recorded calls; the table has their mean."""
 C = CHUNK
 PRODUCTS: dict[str, Callable[[int, int], int]] = {
-    # Per chunk and value head, from K and V. prepare.py and steep.py have no product.
-    "solve_kernel": lambda K, V: 16 * C * C * K + 20 * C**3 + 2 * C * C * (K + V),
+    # Per chunk and value head, from K and V. steep.py has no product; prepare.py has ten of tiles of 16 for q and ten for k.
+    "prepare_kernel": lambda K, V: 20 * 2 * 16 * 16 * K,
+    "solve_kernel": lambda K, V: 20 * C**3 + 2 * C * C * (K + V),
     "scan_kernel": lambda K, V: 6 * C * K * V + 2 * C * C * V,
     "scan_backward_kernel": lambda K, V: 6 * C * K * V + 2 * C * C * V,
     "value_backward_kernel": lambda K, V: 6 * C * C * V,
