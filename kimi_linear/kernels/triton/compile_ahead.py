@@ -68,14 +68,9 @@ class _Call:
         self.name, self.rehearse, self.arguments = name, rehearse, arguments
 
     def submit(self, key: str, compile_kernel: Callable[[], Any], finish: Callable[[Any], None], *_: Any) -> Any:
-        found = None
-        if key in _LATER:  # an earlier call has it compiled
-            try:
-                found = _LATER[key].result()
-            except Exception:
-                log.debug("%s: compiled again, as it failed beside an earlier call", self.name, exc_info=True)
-            else:
-                finish(found)
+        found, later = None, _LATER.get(key)
+        if later is not None:  # an earlier call has it compiled; from disk, then, as each device wants a kernel of its own
+            wait([later])
         elif self.rehearse is not None:
             rehearse, self.rehearse = self.rehearse, None  # once in a call
             found = _compile_all(self.name, rehearse, self.arguments).get(key)
