@@ -69,8 +69,8 @@ class _Call:
 
     def submit(self, key: str, compile_kernel: Callable[[], Any], finish: Callable[[Any], None], *_: Any) -> Any:
         found, later = None, _LATER.get(key)
-        if later is not None:  # an earlier call has it compiled; from disk, then, as each device wants a kernel of its own
-            wait([later])
+        if later is not None:
+            wait([later])  # an earlier call has it compiled; then from disk, as each device wants a kernel of its own
         elif self.rehearse is not None:
             rehearse, self.rehearse = self.rehearse, None  # once in a call
             found = _compile_all(self.name, rehearse, self.arguments).get(key)
