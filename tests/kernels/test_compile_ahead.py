@@ -296,21 +296,22 @@ def test_a_mode_that_somebody_else_has_set_is_left_alone(machine: Machine) -> No
     assert machine.compiled == [("add", "theirs")]
 
 
+def add_and_later_scale(x: torch.Tensor) -> Iterator[None]:
+    add[(1,)](x, 1)
+    yield
+    scale[(1,)](x)
+    yield
+
+
 def test_a_call_does_not_wait_for_what_is_rehearsed_after_a_yield(machine: Machine) -> None:
     gate = threading.Event()
-
-    def rehearse(x: Any) -> Iterator[None]:
-        add[(1,)](x, 1)
-        yield
-        scale[(1,)](x)
-        yield
 
     def slow(kernel: str) -> None:
         if kernel == "scale":
             assert gate.wait(60)
 
     machine.when_compiled = slow
-    compile_ahead.call("op", lambda x: add[(1,)](x, 1), rehearse, (X,))
+    compile_ahead.call("op", lambda x: add[(1,)](x, 1), add_and_later_scale, (X,))
     gate.set()
     compile_ahead.wait_for_later()
     assert sorted(machine.compiled) == [("add", "compile"), ("scale", "compile")]
@@ -321,19 +322,13 @@ def test_a_call_does_not_wait_for_what_is_rehearsed_after_a_yield(machine: Machi
 def test_a_call_waits_for_what_an_earlier_one_left_to_be_compiled(machine: Machine) -> None:
     begun, gate = threading.Event(), threading.Event()
 
-    def rehearse(x: Any) -> Iterator[None]:
-        add[(1,)](x, 1)
-        yield
-        scale[(1,)](x)
-        yield
-
     def slow(kernel: str) -> None:
         if kernel == "scale":
             begun.set()
             assert gate.wait(60)
 
     machine.when_compiled = slow
-    compile_ahead.call("op", lambda x: add[(1,)](x, 1), rehearse, (X,))
+    compile_ahead.call("op", lambda x: add[(1,)](x, 1), add_and_later_scale, (X,))
     assert begun.wait(60)
     threading.Timer(0.2, gate.set).start()
     compile_ahead.call("op", lambda x: scale[(1,)](x), pytest.fail, (X,))

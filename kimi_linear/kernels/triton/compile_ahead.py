@@ -91,7 +91,7 @@ def _compile_all(name: str, rehearse: Callable[..., object], arguments: tuple[An
             steps = rehearse(*arguments)
             for _ in steps if isinstance(steps, Generator) else ():
                 needed = needed or len(rehearsal.missing)
-    except Exception:  # such as too little memory for a backward besides
+    except Exception:  # the call itself says what is wrong with its inputs
         log.warning("%s: rehearsal failed; kernels may be compiled one after the other", name, exc_info=True)
     missing, turn = list(rehearsal.missing.items()), threading.Lock()
     needed = needed or len(missing)
