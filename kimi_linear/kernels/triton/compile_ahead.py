@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from triton.runtime._async_compile import active_mode
+from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -50,6 +51,8 @@ def call(name: str, kernel: Callable[..., Any], rehearse: Callable[..., object],
     Raises:
         ValueError: ``KIMI_LINEAR_COMPILE_THREADS`` is no number from 1 on; it is read when a kernel is missing.
     """
+    if not _READY:
+        _get_ready()
     if active_mode.get() is not None:  # somebody compiles in a way of their own
         return kernel(*arguments)
     token = active_mode.set(_Call(name, rehearse, arguments))  # type: ignore[arg-type]
@@ -57,6 +60,19 @@ def call(name: str, kernel: Callable[..., Any], rehearse: Callable[..., object],
         return kernel(*arguments)
     finally:
         active_mode.reset(token)
+
+
+_READY = list[bool]()
+"""Not empty once this process has had Triton get ready."""
+
+
+def _get_ready() -> None:
+    """What Triton does once in a process, side by side: a C compiler makes its driver, and a thread hashes its own files."""
+    _READY.append(True)
+    hashing = threading.Thread(target=triton_key)
+    hashing.start()
+    driver.active.get_current_device()
+    hashing.join()
 
 
 class _Call:

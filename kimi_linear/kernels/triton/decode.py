@@ -36,10 +36,10 @@ These are hints: no value that is used was read before the wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, reduce
+from collections.abc import Callable, Iterator
+from functools import cache, partial, reduce
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -49,6 +49,7 @@ from triton.language.extra import cuda
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kimi_linear.kernels.triton import compile_ahead
 from kimi_linear.kernels.triton.common import LOG2E, log2_decay
 from kimi_linear.kernels.triton.configs import Config, config_of
 from kimi_linear.kernels.triton.tickets import tickets_of
@@ -621,6 +622,8 @@ REGISTERS = 65536
 """Of a multiprocessor, on every architecture from sm_80 on."""
 FEW_HEADS = 132
 """Value heads of all sequences together that leave processors of a large GPU idle; what counts then is a head's latency."""
+MANY = 2**20
+"""Sequences whose programs no GPU has room for at once."""
 
 
 def shape_class(key_dim: int, tokens: int, heads: int) -> str:
@@ -629,21 +632,21 @@ def shape_class(key_dim: int, tokens: int, heads: int) -> str:
     return f"K = {key_dim}, {count}"
 
 
-def config_for(q: Tensor, v: Tensor) -> Config:
-    """The entry of the table for a step; BV is no more than V."""
-    config = config_of("kda_decode", q, shape_class(q.shape[3], q.shape[1], v.shape[0] * v.shape[2]))
+def config_for(q: Tensor, v: Tensor, batch: int) -> Config:
+    """The entry of the table for a step of ``batch`` sequences that is otherwise like this one; BV is no more than V."""
+    config = config_of("kda_decode", q, shape_class(q.shape[3], q.shape[1], batch * v.shape[2]))
     return Config(constants={**config.constants, "BV": min(config["BV"], v.shape[3])}, num_warps=config.num_warps)
 
 
-def ending_of(q: Tensor, v: Tensor, config: Config, kept: bool) -> int:
-    """How the programs of a head find each other.
+def ending_of(q: Tensor, v: Tensor, config: Config, kept: bool, batch: int) -> int:
+    """How the programs of a head find each other, for ``batch`` sequences.
 
     They may wait for each other only where each is sure to run. Where all programs of a launch fit on the GPU at once, they
     are: in any order, and beside any kernel that ends by itself. Several such launches beside each other may not fit together;
     then it takes that programs start in the order of their index, as GPUs start them: only the last head of each launch is
     ever there in part. ``options_of`` keeps programs to the registers that this counts with.
     """
-    (batch, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
+    (_, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
     if "PASS" in config.constants and tokens == 1 and not kept and heads == v_heads:
         return PASSES.value
     programs = batch * v_heads * (value_dim // config["BV"])
@@ -690,42 +693,43 @@ def prepare(
 
     ``lower_bound`` is None for the softplus gate. The output is [B, S, HV, V], contiguous.
     """
-    q, v = step[0], step[2]
+    q, v, memory = step[0], step[2], step[MEMORY]
     assert q is not None
     assert v is not None
-    config = config or config_for(q, v)
+    assert memory is not None
+    (batch, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
+    kept, given = step[KEEP] is not None, config is not None or ending is not None
+    config = config or config_for(q, v, batch)
     interpreted = not isinstance(decode_kernel, JITFunction)
     if interpreted:
         config = Config(constants={**config.constants, "PDL": 0}, num_warps=config.num_warps)
     if ending is None:
-        ending = ending_of(q, v, config, step[KEEP] is not None)
-    passes = ending == PASSES.value
-    if passes:
-        config = Config(
-            constants=config.constants | {"BV": min(config["PASS"], v.shape[3])}, num_warps=config.num_warps
-        )
-    the_kernel = head_kernel if passes else decode_kernel
-    constants = _constants(step, lower_bound, eps, activation, config, ending)
-    options = options_of(config, ending)
-    (batch, tokens, heads, _), (v_heads, value_dim) = q.shape, v.shape[2:]
-    grid = (1 if passes else value_dim // config["BV"], v_heads, batch)
+        ending = ending_of(q, v, config, kept, batch)
+    build = partial(_build_of, step, lower_bound, eps, activation)
+    mine = build(config, ending)
+    grid = (mine.slices, v_heads, batch)
     quads = v_heads * (value_dim // QUAD.value)
-    raw = batch * tokens * (v_heads * value_dim + quads) if ending == TICKET.value and grid[0] > 1 else 0
-    memory = step[MEMORY]
-    assert memory is not None
+    raw = batch * tokens * (v_heads * value_dim + quads) if mine.scratch else 0
     last_slot = len(memory) - 1
     compiled: dict[object, Callable[[tuple[int, ...]], None]] = {}
-    count, kind = ((quads + heads), torch.int64) if ending == WAIT.value else (heads, torch.int32)
-    count *= len(memory)
+    count = (quads + heads if ending == WAIT.value else heads) * len(memory)
+
+    def rehearse(*arguments: Any) -> Iterator[None]:
+        """Compiles what this call waits for; then what other batches will need, which is not that where it was given."""
+        mine.compile(*arguments)
+        yield
+        for other in () if given else batches_of(v):
+            theirs = config_for(q, v, other)
+            build(theirs, ending_of(q, v, theirs, kept, other)).compile(*arguments)
 
     def run(now: Step, output: Tensor) -> None:
         if batch == 0:
             return
         # The allocator gives memory back in the stream's order, so dropping it after the launch is safe.
         scratch = output.new_empty(raw, dtype=torch.float32) if raw else None
-        tickets = None if passes or ending == DIRECT.value else tickets_of(now[MEMORY], count, kind)
+        tickets = None if mine.tickets is None else tickets_of(now[MEMORY], count, mine.tickets)
         if interpreted:
-            the_kernel[grid](*now, scratch, tickets, output, last_slot, *constants, **options)
+            mine.kernel[grid](*now, scratch, tickets, output, last_slot, *mine.constants, **mine.options)
             return
         addresses = [0 if x is None else x.data_ptr() for x in (*now, scratch, tickets, output)]
         # Compiled code may assume addresses that are multiples of 16; a view with others gets code of its own.
@@ -733,11 +737,64 @@ def prepare(
         known = True if aligned else tuple(address % 16 == 0 for address in addresses)
         launch = compiled.get(known)
         if launch is None:
-            kernel = the_kernel.warmup(*now, scratch, tickets, output, last_slot, *constants, grid=grid, **options)
-            launch = compiled[known] = launcher(kernel, grid, q.device.index, (last_slot, *constants))
+            kernel = compile_ahead.call("kda_decode", mine.compile, rehearse, (now, output, last_slot))
+            launch = compiled[known] = launcher(kernel, grid, q.device.index, (last_slot, *mine.constants))
         launch(addresses)
 
     return run
+
+
+def batches_of(v: Tensor) -> tuple[int, ...]:
+    """Numbers of sequences that together need every kernel which steps that differ in nothing else need.
+
+    They are the fewest and the most of each class of the table: within one, launches that fit on the GPU at once come first.
+    """
+    few = FEW_HEADS // v.shape[2]
+    return (1, few, few + 1, MANY) if few else (1, MANY)
+
+
+class Build(NamedTuple):
+    """What Triton compiles for a step.
+
+    Attributes:
+        kernel: the function.
+        constants: its constants, in its order.
+        options: Triton's keywords.
+        slices: programs of a head.
+        scratch, tickets: of what type it gets them; None where it needs none.
+    """
+
+    kernel: Any
+    constants: tuple[object, ...]
+    options: dict[str, int | bool]
+    slices: int
+    scratch: torch.dtype | None
+    tickets: torch.dtype | None
+
+    def compile(self, now: Step, output: Tensor, last_slot: int) -> Any:
+        """The kernel for tensors of these types, and aligned like these."""
+        return self.kernel.warmup(
+            *now, self.scratch, self.tickets, output, last_slot, *self.constants, grid=(1,), **self.options
+        )
+
+
+def _build_of(step: Step, lower_bound: float | None, eps: float, activation: str, config: Config, ending: int) -> Build:
+    v = step[2]
+    assert v is not None
+    passes = ending == PASSES.value
+    if passes:
+        config = Config(
+            constants=config.constants | {"BV": min(config["PASS"], v.shape[3])}, num_warps=config.num_warps
+        )
+    slices = 1 if passes else v.shape[3] // config["BV"]
+    return Build(
+        kernel=head_kernel if passes else decode_kernel,
+        constants=_constants(step, lower_bound, eps, activation, config, ending),
+        options=options_of(config, ending),
+        slices=slices,
+        scratch=torch.float32 if ending == TICKET.value and slices > 1 else None,
+        tickets={WAIT.value: torch.int64, TICKET.value: torch.int32}.get(ending),
+    )
 
 
 def launcher(kernel: Any, grid: tuple[int, int, int], device: int, rest: tuple[object, ...]) -> Callable[..., None]:
