@@ -72,6 +72,7 @@ def compiled_step(width: int, tokens: int, arch: int, count: str = "many heads",
     types["tickets"] = "*i64" if end == 1 else "*i32"
     constants |= {"END": end, "AHEAD": config.constants.get("AHEAD", 0)}
     constants["ROWS"] = min(constants["BV"], 4 * config.num_warps)
+    constants["BULK"] = config.constants.get("BULK", 0)
     constants |= {"HAS_KEEP": tokens > 1, "PDL": config["PDL"], "MEMORY_SLOT": row * width, "WINDOW_SLOT": 9 * row}
     for name, size in (("Q", row), ("K", row), ("V", row), ("G", row), ("BETA", heads), ("OG", row)):
         constants |= {f"{name}_B": tokens * size, f"{name}_S": size if tokens > 1 else 0}
@@ -143,6 +144,25 @@ def test_nothing_is_read_before_the_kernel_before_has_ended() -> None:
         assert after.index("ld.global") > 0
         assert "griddepcontrol.launch_dependents" in after
     assert "griddepcontrol" not in compiled_step(128, 1, 80).asm["ptx"]
+
+
+def test_rows_of_a_pass_are_stored_in_bulk() -> None:
+    """Threads put four neighbours into shared memory at a time, so these have to lie in one thread, one after the other."""
+    asm = compiled_step(128, 1, 90).asm
+    assert len(re.findall(r"cp\.async\.bulk\.global\.shared::cta\.bulk_group \[", asm["ptx"])) == 4
+    assert "st.global.v4" not in asm["ptx"]
+    put = re.search(r"elementwise_inline_asm \"st\.shared\.v4.*xf32, (#\w+)>", asm["ttgir"])
+    assert put is not None
+    layout = re.search(
+        rf"^{put[1]} = #ttg\.blocked<{{sizePerThread = \[1, 1, (\d+)\].*order = \[2,", asm["ttgir"], re.M
+    )
+    assert layout is not None
+    assert int(layout[1]) % 4 == 0
+    room = re.search(r"\.b8 room\[(\d+)\]", asm["ptx"])
+    assert room is not None
+    assert compiled_step(128, 1, 90).metadata.shared + int(room[1]) <= STATIC_SHARED
+    for arch in (80, 90):
+        assert "cp.async.bulk.global" not in compiled_step(128, 1, arch, BULK=0).asm["ptx"]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -245,18 +245,19 @@ def test_taking_back_tokens_equals_sequential_decoding(width: int, tokens: int) 
     assert torch.equal(whole.pool.memory[:2], sequential.pool.memory[:2])
 
 
-def test_offsets_past_two_to_the_31() -> None:
-    """A pool of 2.4e9 numbers: the last slot gives what the first gives."""
-    inputs = decode_inputs(1, 1, 32, slots=1, dtype=torch.bfloat16, **WIDE)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_offsets_past_two_to_the_31(rows: int) -> None:
+    """A pool of 2.4e9 numbers: the last slots give what the first give, where heads are few and where they are many."""
+    inputs = decode_inputs(rows, 1, 32, slots=rows, dtype=torch.bfloat16, **WIDE)
     slots = 4600
     memory = torch.empty(slots, 32, 128, 128, device="cuda")
     window = torch.empty(slots, 3 * 32 * 128, 3, device="cuda", dtype=torch.bfloat16)
-    memory[-1], window[-1] = inputs.pool.memory[0], inputs.pool.window[0]
+    memory[-rows:], window[-rows:] = inputs.pool.memory, inputs.pool.window
     assert memory.numel() > 2**31
     far = replace(inputs, pool=DecodePool(memory=memory, window=window))
-    assert torch.equal(far.step(slots=indices(slots - 1)), inputs.step())
-    assert torch.equal(memory[-1], inputs.pool.memory[0])
-    assert torch.equal(window[-1], inputs.pool.window[0])
+    assert torch.equal(far.step(slots=indices(*range(slots - rows, slots))), inputs.step())
+    assert torch.equal(memory[-rows:], inputs.pool.memory)
+    assert torch.equal(window[-rows:], inputs.pool.window)
 
 
 @pytest.mark.parametrize("gate", ["init", "mixed"])
@@ -281,6 +282,26 @@ def test_a_slot_stride_of_the_callers_own() -> None:
     assert torch.equal(mixed.step(), inputs.step())
     assert torch.equal(layers[:, 1], inputs.pool.memory)
     assert not layers[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize(("first", "apart"), [(0, 0), (1, 0), (0, 1), (3, 2)])
+def test_states_of_many_heads_may_begin_anywhere(first: int, apart: int) -> None:
+    """What is stored in bulk lies at multiples of 16 bytes; where states do not, each thread stores its own, and sums otherwise."""
+    inputs = decode_inputs(5, 1, 32, slots=6, dtype=torch.bfloat16, **WIDE)
+    shape = inputs.pool.memory.shape
+    step = shape[1:].numel() + apart
+    buffer = torch.zeros(first + shape[0] * step, device="cuda")
+    memory = buffer.as_strided(shape, (step, *inputs.pool.memory.stride()[1:]), first)
+    memory.copy_(inputs.pool.memory)
+    moved = replace(inputs, pool=DecodePool(memory=memory, window=inputs.pool.window.clone()))
+    slots = indices(5, 0, 3, -1, 2)
+    for _ in range(2):
+        assert relative_error(moved.step(slots=slots), inputs.step(slots=slots)) < LIMIT
+    assert relative_error(memory, inputs.pool.memory) < 1e-5
+    assert torch.equal(moved.pool.window, inputs.pool.window)
+    between = torch.ones_like(buffer, dtype=torch.bool)
+    between.as_strided(shape, memory.stride(), first).fill_(False)
+    assert not buffer[between].any()
 
 
 @pytest.mark.parametrize("raw", [True, False])

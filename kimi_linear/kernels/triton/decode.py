@@ -32,6 +32,10 @@ places where it pays say ``tl.fma``.
 that one's end before it uses anything, but it may ask: AHEAD = 1 brings the slot's rows and windows into the L2 before the
 wait, AHEAD = 2 also goes on with that slot after it, while the slot is read again, and loads anew where the guess was wrong.
 These are hints: no value that is used was read before the wait.
+
+**What is stored at once.** Memory does better with large stores: many heads put their rows into shared memory, from which one
+thread has them stored 8 KiB at a time (BULK; cp.async.bulk, sm_90 on). Large loads gain nothing, nor does asking for more at a
+time: 64 KiB a processor are enough.
 """
 
 from __future__ import annotations
@@ -522,6 +526,60 @@ def decode_kernel(
                 )  # fmt: skip
 
 
+@triton.constexpr_function
+def text_of(number):
+    return str(number)
+
+
+@triton.jit
+def shared_room(x, BYTES: tl.constexpr):
+    """Address of so many bytes of shared memory, which live as long as the program. x: any int32."""
+    return tl.inline_asm_elementwise(
+        "{ .shared .align 128 .b8 room[" + BYTES + "]; mov.u32 $0, room; }", "=r,r", [x], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def put_shared(places, values):
+    """Each thread's fp32 values into shared memory, four neighbours at a time: they lie in one thread, as they were loaded."""
+    tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$4], {$8, $9, $10, $11}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [places, values], dtype=tl.int32, is_pure=False, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_bulk(pointer, room, BYTES: tl.constexpr, PIECE: tl.constexpr):
+    """What the program's threads have put into ``room``, in requests of PIECE bytes. Addresses are multiples of 16."""
+    tl.inline_asm_elementwise(
+        "fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r,r", [room], dtype=tl.int32, is_pure=False, pack=1
+    )
+    tl.debug_barrier()
+    start = pointer.to(tl.int64)
+    for piece in tl.static_range(0, BYTES, PIECE):
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred one;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 one, thread, 0;
+            @one cp.async.bulk.global.shared::cta.bulk_group [$1], [$2], $3;
+            cp.async.bulk.commit_group;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r", [start + piece, room + piece, PIECE], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def wait_until_read(x):
+    """The thread that asked for bulk stores waits until shared memory may be written again. x: any int32."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group.read 0; mov.b32 $0, 0;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["last_slot"])
 def head_kernel(
     q, k, v, gate, beta, out_gate, A_log, dt_bias, taps_q, taps_k, taps_v, weight, memory, window, slots, keep, scratch,
@@ -532,11 +590,12 @@ def head_kernel(
     AHEAD: tl.constexpr, END: tl.constexpr, MEMORY_SLOT: tl.constexpr, WINDOW_SLOT: tl.constexpr, Q_B: tl.constexpr,
     Q_S: tl.constexpr, K_B: tl.constexpr, K_S: tl.constexpr, V_B: tl.constexpr, V_S: tl.constexpr, G_B: tl.constexpr,
     G_S: tl.constexpr, BETA_B: tl.constexpr, BETA_S: tl.constexpr, OG_B: tl.constexpr, OG_S: tl.constexpr,
+    BULK: tl.constexpr,
 ):  # fmt: skip
     """``decode_kernel`` for one token of many heads, H == HV: a program goes through a whole head, BV rows at a time.
 
     The next rows are asked for before these are computed, and these are stored while those come: programs do not all read,
-    then all write. Grid (1, H, B).
+    then all write. BULK > 0: rows are stored by way of shared memory, so many bytes at a time. Grid (1, H, B).
     """
     COUNT: tl.constexpr = V // BV
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -585,6 +644,9 @@ def head_kernel(
     leave_one(now_q, old_q, old, channel, 0, W)
     leave_one(now_k, old_k, old, channel, H * K, W)
     leave_one(now_v, old_v, old, channel_v, 2 * H * K, W)
+    IN_BULK: tl.constexpr = BULK > 0 and not INTERPRETED
+    if IN_BULK:
+        stage = shared_room(h, text_of(BV * K * 4))
     outputs, which = tl.zeros([COUNT, BV], tl.float32), tl.arange(0, COUNT)[:, None]
     power = sigmoid(strength)
     for i in range(COUNT):
@@ -602,7 +664,13 @@ def head_kernel(
         change = power * (value - held * unit_k)
         o = tl.fma(qk * unit_q * unit_k, change, seen * unit_q)
         state = tl.fma((change * unit_k)[:, None, None], wide_k, state)
-        tl.store(mine + i * (BV * K) + cells, state)
+        if IN_BULK:
+            wait_until_read(stage)  # what was stored before
+            tl.debug_barrier()
+            put_shared(stage + cells * 4, state)
+            store_bulk(mine + i * (BV * K), stage, BV * K * 4, BULK)
+        else:
+            tl.store(mine + i * (BV * K) + cells, state)
         outputs = tl.where(which == i, o[None, :], outputs)
     o = tl.reshape(outputs, [V])
     scales = tl.load(weight + all_v).to(tl.float32)
@@ -611,6 +679,8 @@ def head_kernel(
         y = tl.load(out_gate + b * OG_B + channel_v).to(tl.float32)
     o = finish(o, tree_sum(quad_sums(o * o, V), V // QUAD), y, scales, V, EPS, ACTIVATION)
     tl.store(output + (b * HV + h) * V + all_v, o.to(output.dtype.element_ty))
+    if IN_BULK:
+        wait_until_read(stage)  # the memory goes with the program
 
 
 Step = tuple[Tensor | None, ...]
@@ -706,7 +776,7 @@ def prepare(
     if ending is None:
         ending = ending_of(q, v, config, kept, batch)
     build = partial(_build_of, step, lower_bound, eps, activation)
-    mine = build(config, ending)
+    mine = build(config, ending, True)
     grid = (mine.slices, v_heads, batch)
     quads = v_heads * (value_dim // QUAD.value)
     raw = batch * tokens * (v_heads * value_dim + quads) if mine.scratch else 0
@@ -714,13 +784,16 @@ def prepare(
     compiled: dict[object, Callable[[tuple[int, ...]], None]] = {}
     count = (quads + heads if ending == WAIT.value else heads) * len(memory)
 
-    def rehearse(*arguments: Any) -> Iterator[None]:
-        """Compiles what this call waits for; then what other batches will need, which is not that where it was given."""
-        mine.compile(*arguments)
+    def needed(aligned: bool, *arguments: Any) -> Any:
+        return build(config, ending, aligned).compile(*arguments)
+
+    def rehearse(aligned: bool, *arguments: Any) -> Iterator[None]:
+        """What this call waits for; then what other batches will need, which is not that where a configuration was given."""
+        needed(aligned, *arguments)
         yield
         for other in () if given else batches_of(v):
             theirs = config_for(q, v, other)
-            build(theirs, ending_of(q, v, theirs, kept, other)).compile(*arguments)
+            build(theirs, ending_of(q, v, theirs, kept, other), aligned).compile(*arguments)
 
     def run(now: Step, output: Tensor) -> None:
         if batch == 0:
@@ -737,8 +810,9 @@ def prepare(
         known = True if aligned else tuple(address % 16 == 0 for address in addresses)
         launch = compiled.get(known)
         if launch is None:
-            kernel = compile_ahead.call("kda_decode", mine.compile, rehearse, (now, output, last_slot))
-            launch = compiled[known] = launcher(kernel, grid, q.device.index, (last_slot, *mine.constants))
+            kernel = compile_ahead.call("kda_decode", needed, rehearse, (aligned, now, output, last_slot))
+            constants = build(config, ending, aligned).constants
+            launch = compiled[known] = launcher(kernel, grid, q.device.index, (last_slot, *constants))
         launch(addresses)
 
     return run
@@ -778,18 +852,26 @@ class Build(NamedTuple):
         )
 
 
-def _build_of(step: Step, lower_bound: float | None, eps: float, activation: str, config: Config, ending: int) -> Build:
-    v = step[2]
+def _build_of(
+    step: Step, lower_bound: float | None, eps: float, activation: str, config: Config, ending: int, aligned: bool
+) -> Build:
+    """``aligned``: whether all tensors begin at multiples of 16 bytes."""
+    v, memory = step[2], step[MEMORY]
     assert v is not None
+    assert memory is not None
     passes = ending == PASSES.value
     if passes:
         config = Config(
             constants=config.constants | {"BV": min(config["PASS"], v.shape[3])}, num_warps=config.num_warps
         )
     slices = 1 if passes else v.shape[3] // config["BV"]
+    constants = _constants(step, lower_bound, eps, activation, config, ending)
+    if passes:
+        bulk = config.constants.get("BULK", 0) if aligned and memory.stride(0) % 4 == 0 else 0
+        constants += (min(bulk, config["BV"] * memory.shape[3] * 4),)
     return Build(
         kernel=head_kernel if passes else decode_kernel,
-        constants=_constants(step, lower_bound, eps, activation, config, ending),
+        constants=constants,
         options=options_of(config, ending),
         slices=slices,
         scratch=torch.float32 if ending == TICKET.value and slices > 1 else None,
