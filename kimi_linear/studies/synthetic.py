@@ -165,12 +165,18 @@ def sweep_cells(config: SyntheticConfig) -> list[Cell]:
     ]
 
 
-def seed_cells(config: SyntheticConfig, results: Results) -> list[Cell]:
-    """The further seeds of the curves, each where its sweep over learning rates is finished. Full attention has none."""
+def seed_cells(config: SyntheticConfig, results: Results, *, so_far: bool = False) -> list[Cell]:
+    """The further seeds of the curves, each where its sweep over learning rates is finished, or anything of it, ``so_far``.
+
+    Full attention has none.
+    """
     found = []
     groups = {(c.task, c.mixer) for c in sweep_cells(config) if c.length == config.curve_length and c.mixer != "mla"}
     for task, mixer in groups:
-        best = _best_swept(config, task, config.curve_length, mixer, results)
+        if so_far:
+            best = best_of(config, _sweep_of(config, task, config.curve_length, mixer), results)
+        else:
+            best = _best_swept(config, task, config.curve_length, mixer, results)
         if best is not None:
             found += [dataclasses.replace(best, seed=seed) for seed in range(1, config.seeds)]
     return found
@@ -326,7 +332,7 @@ def read_results(config: SyntheticConfig, folder: Path) -> dict[Cell, dict[str, 
                 results[cell] = found
 
     take(sweep_cells(config))
-    take(seed_cells(config, results))
+    take(seed_cells(config, results, so_far=True))
     return results
 
 

@@ -93,6 +93,7 @@ def table_rows(config: SyntheticConfig, results: Results) -> list[dict[str, Any]
                 "lrs": f"{len(done)} of {len(sweep)}",
                 "steps to 99 %": spread([steps_to(results[cell], NEARLY) for cell in alike]),
                 "seeds": len(alike),
+                "each seed %": ", ".join(f"{100 * peak(results[cell]):.1f}" for cell in alike),
             }
         )
     return rows
@@ -101,7 +102,7 @@ def table_rows(config: SyntheticConfig, results: Results) -> list[dict[str, Any]
 def seeds_of(config: SyntheticConfig, results: Results, best: Cell) -> list[Cell]:
     """The finished further seeds of a cell."""
     same = (best.task, best.length, best.mixer, best.lr)
-    found = [c for c in seed_cells(config, results) if (c.task, c.length, c.mixer, c.lr) == same]
+    found = [c for c in seed_cells(config, results, so_far=True) if (c.task, c.length, c.mixer, c.lr) == same]
     return [cell for cell in found if cell in results]
 
 

@@ -272,8 +272,7 @@ class Lane:
         tokens = self._tokens.index_select(0, self._place)[0]
         targets = self._targets.index_select(0, self._place)[0, :, config.task.scored]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            hidden = self.model.hidden_states(tokens)[:, config.task.scored]
-            logits = self.model.logits_of(hidden).float()
+            logits = self.model.logits_of(self._scored(tokens)).float()
         scored = targets != IGNORE
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         loss = total / scored.sum().clamp(min=1)
@@ -287,6 +286,15 @@ class Lane:
         counts = torch.stack([right.sum(), scored.sum(), exact.sum(), some.sum()])
         self._sums += torch.cat([loss.detach().double()[None], counts.double()])
         self._place += 1
+
+    def _scored(self, tokens: Tensor) -> Tensor:
+        """The model's hidden states where a target may be; what follows its last mixer looks at one token alone, so only there."""
+        x = self.model.model.embed_tokens(tokens)
+        for block in self.model.blocks[:-1]:
+            x = block(x)
+        last = self.model.blocks[-1]
+        x = (x + last.self_attn(last.input_layernorm(x)))[:, self.config.task.scored].contiguous()
+        return self.model.model.norm(x + last.feed_forward(last.post_attention_layernorm(x)))
 
     def _set_rate(self) -> None:
         """The learning rates of this step, on the device: a number from the host would be captured for ever."""

@@ -113,6 +113,16 @@ def test_decays_and_gates_have_learning_rates_of_their_own(
     assert max(moved[10.0][name].abs().max().item() for name in faster) == pytest.approx(10 * CELL.lr, rel=1e-2)
 
 
+@pytest.mark.parametrize("task", synthetic.TASKS)
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "mla"])
+def test_the_last_block_of_scored_tokens_is_that_of_all(task: str, mixer: str) -> None:
+    some = lane(replace(CELL, task=task, mixer=mixer))
+    some._draw(0)
+    tokens = some._tokens[0]
+    whole = some.model.hidden_states(tokens)[:, some.config.task.scored]
+    torch.testing.assert_close(some._scored(tokens), whole, rtol=1e-6, atol=1e-6)
+
+
 def test_sequences_depend_on_task_and_seed_only() -> None:
     kda, other_lr, other_mixer, other_seed = (
         lane(cell) for cell in (CELL, replace(CELL, lr=1e-3), replace(CELL, mixer="gdn"), replace(CELL, seed=1))

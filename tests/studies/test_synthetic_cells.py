@@ -70,6 +70,7 @@ def test_seeds_repeat_the_learning_rate_that_was_soonest_right() -> None:
         replace(base, lr=5e-4): result(0.0, 1.0, ended="solved"),
     }
     assert synthetic.seed_cells(FULL, done) == []  # smaller was better, so a smaller one is still to come
+    assert {c.lr for c in synthetic.seed_cells(FULL, done, so_far=True)} == {5e-4}
     done[replace(base, lr=1e-4)] = result(0.0, 0.9, 1.0, ended="solved")
     assert sorted(c.seed for c in synthetic.seed_cells(FULL, done)) == [1, 2]
     assert {c.lr for c in synthetic.seed_cells(FULL, done)} == {5e-4}
@@ -103,10 +104,14 @@ def test_the_table_and_the_figure_say_what_the_cells_say(tmp_path) -> None:
     assert row["accuracy %"] == 99.2
     assert row["paper %"] == 78.7
     assert (row["lr"], row["lrs"], row["seeds"]) == ("0.001", "4 of 4", 3)
+    assert row["each seed %"] == "99.2, 100.0, 90.0"
     assert row["steps to 99 %"] == "10,000 (10,000 to 15,000), never in 1 of 3"
     assert json.loads((tmp_path / "figure4.json").read_text())["rows"] == [dict(row)]
     assert "| mqar | 1024 | gdn | 99.2 | 78.7 |" in (tmp_path / "figure4.md").read_text()
     assert (tmp_path / "figure4.png").read_bytes().startswith(b"\x89PNG")
+    # With a part of the sweep only, seeds of the best of that part count.
+    (tmp_path / f"{replace(base, lr=5e-4).name}.json").unlink()
+    assert synthetic.report(FULL, tmp_path).rows[0]["seeds"] == 3
     with pytest.raises(ValueError, match=r"batch_size: expected 8, as asked for now, got a cell made with 32"):
         synthetic.report(replace(FULL, batch_size=8), tmp_path)
 
