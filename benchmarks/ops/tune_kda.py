@@ -52,18 +52,13 @@ def _grid(
 
 
 # Names in the table; candidates; bytes per token and head that must move, from K = V.
-# Of steep.py that is its flags, as nearly every program of it ends there.
+# Of steep_backward that is its flags, as nearly every program of it ends there.
 # Never 8 warps where a product has 32 columns: illegal memory accesses on sm_90 (Triton 3.6.0; docs/LOG.md).
 KERNELS: dict[str, tuple[list[Config], Callable[[int], float]]] = {
     "kda_prepare": (
-        [
-            config
-            for BK in (64, 128)
-            for config in _grid(BK=BK, num_warps=(1, 2, 4), num_stages=(1, 2), maxnreg=(None, 168, 200))
-        ],
+        _grid(BK=128, num_warps=(1, 2, 4), num_stages=(1, 2, 3)),  # in 16 bits a slice is the whole of a row
         lambda d: 12 * d + 4 * CHUNK + 9 * 4 * d / CHUNK,
     ),
-    "kda_steep": (_grid(num_warps=(1, 2, 4)), lambda d: 4 * 4 / CHUNK),
     "kda_solve": (
         [config for B in (64, 128) for config in _grid(BK=B, BV=B, maxnreg=(None, 168))]
         + _grid(BK=64, BV=64, num_warps=(8,)),

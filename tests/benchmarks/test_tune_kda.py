@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs triton; pip install -c constraints.t
 tune_kda = pytest.importorskip("benchmarks.ops.tune_kda", reason="benchmarks are not installed with the package")
 
 CHUNK_KERNELS = (
-    "prepare", "steep", "solve", "value_backward", "anchor", "anchored_backward", "tile_backward", "token_backward",
+    "prepare", "solve", "value_backward", "anchor", "anchored_backward", "tile_backward", "token_backward",
     "steep_backward",
 )  # fmt: skip
 

@@ -105,7 +105,7 @@ def launched(
 
 
 CHUNK_KERNELS = {
-    "prepare_kernel", "steep_kernel", "solve_kernel", "value_backward_kernel", "anchor_kernel", "anchored_backward_kernel",
+    "prepare_kernel", "solve_kernel", "value_backward_kernel", "anchor_kernel", "anchored_backward_kernel",
     "tile_backward_kernel", "token_backward_kernel", "steep_backward_kernel",
 }  # fmt: skip
 
@@ -122,8 +122,10 @@ def test_compiles_within_bounds(key_dim: int, value_dim: int, arch: int) -> None
         assert launch.stack <= SPILLED.get(launch.kernel, 0), launch
 
 
-SPILLED = {"tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 48, "solve_kernel": 24}
-"""Bytes a thread, where what spills nothing was slower on an H200: see docs/LOG.md."""
+SPILLED = {
+    "tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 48, "solve_kernel": 24, "prepare_kernel": 48,
+}  # fmt: skip
+"""Bytes a thread, where what spills nothing was slower on a GPU: see docs/LOG.md."""
 
 
 @pytest.mark.unpoisoned

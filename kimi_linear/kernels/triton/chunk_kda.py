@@ -1,6 +1,6 @@
 """Kimi Delta Attention in parallel chunks, forward and backward: which kernels run, on which buffers, for how long.
 
-    forward     prepare, steep, solve (all chunks at once) -> scan (chunk after chunk)
+    forward     prepare, solve (all chunks at once) -> scan (chunk after chunk)
     backward    scan_backward                                   d_u' and the gradient of every chunk's state
                 value_backward                                  all chunks at once, and so on
                 anchor                                          q and k with the gate in them
@@ -33,7 +33,7 @@ from kimi_linear.kernels.triton.scan import ScanResult, scan
 from kimi_linear.kernels.triton.scan_backward import scan_backward
 from kimi_linear.kernels.triton.segments import precision_of, shape_class
 from kimi_linear.kernels.triton.solve import solve_kernel
-from kimi_linear.kernels.triton.steep import steep_backward_kernel, steep_kernel
+from kimi_linear.kernels.triton.steep import steep_backward_kernel
 from kimi_linear.kernels.triton.tile_backward import tile_backward_kernel
 from kimi_linear.kernels.triton.token_backward import token_backward_kernel
 from kimi_linear.kernels.triton.value_backward import value_backward_kernel
@@ -198,7 +198,7 @@ def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared
     narrow = problem.normalize and layout.dot == tl.bfloat16
     pairs_k, cells = made(CHUNK, CHUNK, dtype=torch.float16 if narrow else wide), tl.float16 if narrow else tl.float32
     shape, packed = shape_class(key_dim, q.dtype), problem.cu_seqlens is not None
-    preparing, steeping, solving = (config_of(f"kda_{name}", q, shape) for name in ("prepare", "steep", "solve"))
+    preparing, solving = config_of("kda_prepare", q, shape), config_of("kda_solve", q, shape)
     if chunks:
         grid = (chunks, v_heads)
         place = (problem.cu_seqlens, layout.cu_chunks)
@@ -207,12 +207,8 @@ def _prepare(problem: Problem, layout: _Layout, *, save: bool) -> tuple[Prepared
         strides = (q.stride(1), k.stride(1), gate.stride(1), heads, v_heads, key_dim, layout.kind, problem.normalize, packed)  # fmt: skip
         prepare_kernel[grid](
             *given, late, prepared.write, prepared.pairs_q, pairs_k, prepared.decay, prepared.forgets, anchors, totals,
-            tiles.flags, tiles.norms, *sizes, prepared.erase.numel(), *strides,
+            tiles.flags, tiles.norms, tiles.served, *sizes, prepared.erase.numel(), *strides,
             min(preparing["BK"], key_dim), save, forgets, layout.dot, layout.precision, preparing.num_stages, **preparing.options,
-        )  # fmt: skip
-        steep_kernel[grid](
-            *given, anchors, totals, tiles.flags, tiles.served, prepared.pairs_q, pairs_k, *sizes, *strides, save,
-            layout.dot, **steeping.options,
         )  # fmt: skip
         solve_kernel[grid](
             v, beta, *place, pairs_k, prepared.erase, prepared.u, prepared.forgets, prepared.inverse,

@@ -2,10 +2,9 @@
 
     pairs_k[r, i] += sum_k k_r k_i 2^(p_r - p_i), i < r    pairs_q the same with scale q_r, and i <= r
 
-p as in prepare.py, in fp32: the exponent is known to 2^-12 even where a step forgets 2^-140. Nearly all programs end at once,
-for a steep channel forgets more than 2^-MAX_RANGE in a tile twice over. Of a tile that has one, groups of G channels with a
-steep one are computed whole, all 16 x 16 pairs at once. Grid (chunks, HV), one program per chunk.
-With SAVE, for the backward: ``served`` [chunks, HV] int32, 1 where an anchor in the chunk's middle serves all its channels.
+p as in prepare.py, in fp32: the exponent is known to 2^-12 even where a step forgets 2^-140. Few tiles come here, for a steep
+channel forgets more than 2^-MAX_RANGE in a tile twice over; groups of G channels that have one are computed whole. Forward, prepare.py
+does it at the end of a chunk; the backward's kernel finds nothing to do in nearly all programs.
 """
 
 from __future__ import annotations
@@ -38,72 +37,42 @@ def _rows(x, base, row, inside, stride, K: tl.constexpr, NORMALIZE: tl.constexpr
 
 
 @triton.jit
-def _fading(gate, dt_bias, row, inside, here, dim, stride, amount, lower_bound, GATE: tl.constexpr, DOT: tl.constexpr):
-    """(gate values, log2-decays, F [16, 16, G]): F[r, i] = 2^(p_r - p_i), 1 where i > r."""
-    x = tl.load(gate + row[:, None] * stride + dim[None, :], inside, 0.0).to(tl.float32)
-    if GATE != 0:
-        x += tl.load(dt_bias + dim).to(tl.float32)[None, :]
-    g = tl.where(here, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0)
-    p = tl.cumsum(g, 0)
-    return x, g, power2(tl.minimum(p[:, None, :] - p[None, :, :], 0.0), DOT)
-
-
-@triton.jit
 def _add(to, value, mask):
     tl.store(to, (tl.load(to, mask, 0.0).to(tl.float32) + value).to(to.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "tokens"])
-def steep_kernel(
-    q, k, gate, A_log, dt_bias, cu_seqlens, cu_chunks, anchors, totals, flags, served, pairs_q, pairs_k,
-    scale, lower_bound, num_sequences, tokens, stride_q, stride_k, stride_g,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr,
+@triton.jit
+def add_steep_pairs(
+    q, k, gate, dt_bias, anchors, pairs_q, pairs_k, tile, groups, left, amount, lower_bound, scale, stride_q, stride_k, stride_g,
+    K: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
+    """Of one tile, whose ``groups`` have a steep channel; all pointers at its chunk. Key by key, as ``steep_backward_kernel``."""
     C: tl.constexpr = 64
-    chunk, hv = tl.program_id(0), tl.program_id(1)
-    at = chunk.to(tl.int64) * HV + hv
-    first, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
-    if first >= stop:
-        return
-    any_steep = tl.max(tl.load(flags + at * 4 + tl.arange(0, 4)), 0) > 0
-    if SAVE:
-        one = one_serves(totals + at * 4 * K, K, DOT) & (any_steep == 0)
-        tl.store(served + at, one.to(tl.int32))
-    if any_steep == 0:
-        return
-    h = hv // (HV // H)
-    row, column = tl.arange(0, 16), tl.arange(0, 16)
-    amount = 0.0
-    if GATE != 0:
-        amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
-        dt_bias += hv * K
-    for tile in range(4):
-        groups = tl.load(flags + at * 4 + tile)
-        if groups > 0:
-            queries, keys = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
-            start = first + tile * 16
-            inside = (row < (stop - start).to(tl.int32))[:, None]
-            norm_k = _rows(k, start * stride_k + h * K, row, inside, stride_k, K, NORMALIZE)
-            norm_q = _rows(q, start * stride_q + h * K, row, inside, stride_q, K, NORMALIZE) * scale
-            for group in range(K // G):
-                if (groups >> group) & 1:
-                    dim = group * G + tl.arange(0, G)
-                    own = tl.load(anchors + (at * 4 + tile) * K + dim) == STEEP
-                    here, d = inside & own[None, :], dim[None, :]
-                    b_k = tl.load(k + start * stride_k + h * K + row[:, None] * stride_k + d, here, 0.0).to(tl.float32)
-                    b_q = tl.load(q + start * stride_q + h * K + row[:, None] * stride_q + d, here, 0.0).to(tl.float32)
-                    b_k, b_q = b_k * norm_k[:, None], b_q * norm_q[:, None]
-                    _, _, fading = _fading(
-                        gate + start * stride_g + hv * K, dt_bias, row, inside, here, dim, stride_g, amount, lower_bound,
-                        GATE, DOT,
-                    )  # fmt: skip
-                    faded = b_k[None, :, :] * fading
-                    queries += tl.sum(b_q[:, None, :] * faded, 2)
-                    keys += tl.sum(b_k[:, None, :] * faded, 2)
-            cell = at * C * C + (tile * 16 + row[:, None]) * C + tile * 16 + column[None, :]
-            _add(pairs_q + cell, queries, row[:, None] >= column[None, :])
-            _add(pairs_k + cell, keys, row[:, None] > column[None, :])
+    row = tl.arange(0, 16)
+    r, c, token = row[:, None], row[None, :], tile * 16 + row
+    inside, key_of = (token < left)[:, None], token[:, None]
+    norm_k = _rows(k, 0, token, inside, stride_k, K, NORMALIZE)
+    norm_q = _rows(q, 0, token, inside, stride_q, K, NORMALIZE) * scale
+    of_q, of_k = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
+    for group in range(K // G):
+        if (groups >> group) & 1:
+            dim = group * G + tl.arange(0, G)
+            d = dim[None, :]
+            here = inside & (tl.load(anchors + tile * K + dim) == STEEP)[None, :]
+            b_k = tl.load(k + key_of * stride_k + d, here, 0.0).to(tl.float32) * norm_k[:, None]
+            b_q = tl.load(q + key_of * stride_q + d, here, 0.0).to(tl.float32) * norm_q[:, None]
+            x = tl.load(gate + key_of * stride_g + d, inside, 0.0).to(tl.float32)
+            if GATE != 0:
+                x += tl.load(dt_bias + dim).to(tl.float32)[None, :]
+            p = tl.cumsum(tl.where(here, chunk_log2_decay(x, amount, lower_bound, GATE, DOT), 0.0), 0)
+            for i in range(16):
+                k_i, p_i = tl.sum(tl.where(r == i, b_k, 0.0), 0), tl.sum(tl.where(r == i, p, 0.0), 0)
+                faded = k_i[None, :] * power2(tl.minimum(p - p_i[None, :], 0.0), DOT)
+                of_q += tl.where(c == i, tl.sum(b_q * faded, 1)[:, None], 0.0)
+                of_k += tl.where(c == i, tl.sum(b_k * faded, 1)[:, None], 0.0)
+    cell = token[:, None] * C + tile * 16 + c
+    _add(pairs_q + cell, of_q, r >= c)
+    _add(pairs_k + cell, of_k, r > c)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tokens"])
