@@ -20,7 +20,7 @@ SPILLED = {
     # Products of three terms keep both operands split in registers, and a slice of 16 channels, the least there is, still multiplies
     # whole [C, C] gradients and their transposes. The inverse multiplies [C, C] by [C, C].
     (80, FP32): {
-        "solve_kernel": 176, "scan_kernel": 8, "scan_backward_kernel": 72, "value_backward_kernel": 16,
+        "prepare_kernel": 8, "solve_kernel": 176, "scan_kernel": 8, "scan_backward_kernel": 72, "value_backward_kernel": 16,
         "anchored_backward_kernel": 176, "tile_backward_kernel": 144,
     },
     (90, FP32): {"solve_kernel": 72, "anchored_backward_kernel": 24, "tile_backward_kernel": 24},
