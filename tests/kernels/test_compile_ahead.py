@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -404,8 +406,10 @@ def test_lengths_that_need_other_kernels_have_them_compiled_too(
 
 
 @pytest.fixture
-def decode(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A step for a number of sequences, as it goes to the GPU."""
+def decode(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[object, weakref.ref[torch.Tensor]]]:
+    """A step for a number of sequences, as it goes to the GPU: what is kept of it, and its pool."""
     from kimi_linear.kernels.triton import decode
     from kimi_linear.testing.decode import decode_inputs
 
@@ -415,7 +419,9 @@ def decode(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     machine.forget((decode.decode_kernel, decode.head_kernel))
     monkeypatch.setattr(decode, "launcher", launcher)
 
-    def step(batch: int, heads: int, v_heads: int, tokens: int = 1, **given: Any) -> None:
+    def step(
+        batch: int, heads: int, v_heads: int, tokens: int = 1, **given: Any
+    ) -> tuple[object, weakref.ref[torch.Tensor]]:
         i = decode_inputs(batch, tokens, heads, v_heads=v_heads, key_dim=128, dtype=torch.bfloat16)
         assert i.taps is not None
         tensors = (
@@ -424,14 +430,27 @@ def decode(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
         )  # fmt: skip
         run = decode.prepare(tensors, lower_bound=None, eps=1e-5, activation="sigmoid", **given)
         run(tensors, torch.empty_like(i.v))
+        return run, weakref.ref(i.pool.memory)
 
     return step
+
+
+def test_what_is_kept_of_a_step_keeps_no_pool(decode: Callable[..., tuple[object, weakref.ref[torch.Tensor]]]) -> None:
+    kept, pool = decode(1, 4, 4)
+    compile_ahead.wait_for_later()
+    gc.collect()
+    assert kept is not None
+    assert pool() is None
 
 
 @pytest.mark.parametrize("v_heads", [4, 8])
 @pytest.mark.parametrize(("first", "other"), [(1, 50), (50, 1)])
 def test_a_step_has_what_other_batches_need_compiled_too(
-    machine: Machine, decode: Callable[..., None], first: int, other: int, v_heads: int
+    machine: Machine,
+    decode: Callable[..., tuple[object, weakref.ref[torch.Tensor]]],
+    first: int,
+    other: int,
+    v_heads: int,
 ) -> None:
     decode(first, 4, v_heads)
     compile_ahead.wait_for_later()
@@ -446,7 +465,7 @@ def test_a_step_has_what_other_batches_need_compiled_too(
 
 
 def test_of_a_step_with_a_configuration_of_its_own_nothing_else_is_compiled(
-    machine: Machine, decode: Callable[..., None]
+    machine: Machine, decode: Callable[..., tuple[object, weakref.ref[torch.Tensor]]]
 ) -> None:
     from kimi_linear.kernels.triton.configs import Config
 

@@ -775,14 +775,19 @@ def prepare(
         config = Config(constants={**config.constants, "PDL": 0}, num_warps=config.num_warps)
     if ending is None:
         ending = ending_of(q, v, config, kept, batch)
-    build = partial(_build_of, step, lower_bound, eps, activation)
+    last_slot = len(memory) - 1
+    # What is kept must not keep the first step's tensors, whose pool is large: it needs their shapes, strides and types.
+    q, v = q.new_empty(1).expand(q.shape), v.new_empty(1).expand(v.shape)
+    facts = tuple(
+        None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in step
+    )
+    build = partial(_build_of, facts, lower_bound, eps, activation)
     mine = build(config, ending, True)
     grid = (mine.slices, v_heads, batch)
     quads = v_heads * (value_dim // QUAD.value)
     raw = batch * tokens * (v_heads * value_dim + quads) if mine.scratch else 0
-    last_slot = len(memory) - 1
     compiled: dict[object, Callable[[tuple[int, ...]], None]] = {}
-    count = (quads + heads if ending == WAIT.value else heads) * len(memory)
+    count = (quads + heads if ending == WAIT.value else heads) * (last_slot + 1)
 
     def needed(aligned: bool, *arguments: Any) -> Any:
         return build(config, ending, aligned).compile(*arguments)
