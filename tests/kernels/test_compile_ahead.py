@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import itertools
 import logging
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,99 +17,21 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs triton; pip install -c constraints.txt triton")
 
-import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 from kimi_linear.kernels.triton import compile_ahead  # noqa: E402
 from kimi_linear.ops import library  # noqa: E402
 
-from .launches import _Driver  # noqa: E402
+from .machine import Machine, add, broken, scale, turn, watched  # noqa: E402
 
 pytestmark = pytest.mark.unpoisoned
 
 
-@triton.jit
-def add(x, SHIFT: tl.constexpr):
-    tl.store(x, tl.load(x) + SHIFT)
-
-
-@triton.jit
-def scale(x):
-    tl.store(x, tl.load(x) * 2)
-
-
-@triton.jit
-def turn(x):
-    tl.store(x, -tl.load(x))
-
-
-@triton.jit
-def broken(x):
-    tl.store(x, no_such_name)
-
-
-class Driver(_Driver):
-    """Under a number of its own, so that no other test has left kernels in memory."""
-
-    launcher_cls: Callable[..., Any] | None = None
-    _numbers = itertools.count(1000)
-
-    def __init__(self, arch: int) -> None:
-        super().__init__(arch)
-        self.number = next(self._numbers)
-
-    def get_current_device(self) -> int:
-        return self.number
-
-
-@dataclass
-class Machine:
-    """What happened: kernels compiled or read from disk, with the thread; kernels launched, in order."""
-
-    compiled: list[tuple[str, str]] = field(default_factory=list)
-    read: list[tuple[str, str]] = field(default_factory=list)
-    launched: list[str] = field(default_factory=list)
-    cubins: dict[str, bytes] = field(default_factory=dict)
-    when_compiled: Callable[[str], object] = lambda _: None
-
-    def forget(self, kernels: tuple[Any, ...] = (add, scale, turn, broken)) -> None:
-        """As in a new process."""
-        for kernel in kernels:
-            kernel.device_caches.clear()
-        for events in (self.compiled, self.read, self.launched):
-            events.clear()
-
-
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
-    """A GPU that runs nothing, with an empty cache on disk and two threads to compile in."""
-    machine, run = Machine(), JITFunction.run
-
-    def seen(src: Any, cache_hit: bool, **_: Any) -> None:
-        events = machine.read if cache_hit else machine.compiled
-        events.append((src.fn.__name__, threading.current_thread().name.split("_")[0]))
-        if not cache_hit:
-            machine.when_compiled(src.fn.__name__)
-
-    def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **keywords)
-        if not warmup:
-            machine.launched.append(self.__name__)
-            machine.cubins[self.__name__] = kernel.asm["cubin"]
-        return kernel
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv(compile_ahead.THREADS, "2")
-    monkeypatch.setattr(driver, "_active", Driver(90))
-    monkeypatch.setattr(triton.knobs.compilation, "listener", seen)
-    monkeypatch.setattr(JITFunction, "run", launch)
-    machine.forget()
-    yield machine
-    compile_ahead.wait_for_later()
-    assert JITFunction.run is launch, "a rehearsal left its own behind"
-    machine.forget()
+    with watched(monkeypatch, tmp_path) as machine:
+        yield machine
 
 
 def forward(x: torch.Tensor) -> str:
@@ -403,97 +321,6 @@ def test_lengths_that_need_other_kernels_have_them_compiled_too(
     assert {name for name, _ in machine.compiled} >= {"build_kernel", "combine_kernel", "scan_kernel", "solve_kernel"}
     compile_ahead.call("op", operator._forward, pytest.fail, inputs(other))
     assert len(machine.compiled) == before
-
-
-@pytest.fixture
-def decode(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[object, weakref.ref[torch.Tensor]]]:
-    """A step for a number of sequences, as it goes to the GPU: what is kept of it, and its pool."""
-    from kimi_linear.kernels.triton import decode
-    from kimi_linear.testing.decode import decode_inputs
-
-    def launcher(kernel: Any, *_: Any) -> Callable[[list[int]], None]:
-        return lambda addresses: machine.launched.append(kernel.metadata.name)
-
-    machine.forget((decode.decode_kernel, decode.head_kernel))
-    monkeypatch.setattr(decode, "launcher", launcher)
-
-    def step(
-        batch: int, heads: int, v_heads: int, tokens: int = 1, **given: Any
-    ) -> tuple[object, weakref.ref[torch.Tensor]]:
-        i = decode_inputs(batch, tokens, heads, v_heads=v_heads, key_dim=128, dtype=torch.bfloat16)
-        assert i.taps is not None
-        tensors = (
-            i.q, i.k, i.v, i.gate.x, i.beta, i.norm.gate, i.gate.A_log, i.gate.dt_bias, i.taps.q, i.taps.k, i.taps.v,
-            i.norm.weight, i.pool.memory, i.pool.window, torch.arange(batch, dtype=torch.int32), None,
-        )  # fmt: skip
-        run = decode.prepare(tensors, lower_bound=None, eps=1e-5, activation="sigmoid", **given)
-        run(tensors, torch.empty_like(i.v))
-        return run, weakref.ref(i.pool.memory)
-
-    return step
-
-
-def test_what_is_kept_of_a_step_keeps_no_pool(decode: Callable[..., tuple[object, weakref.ref[torch.Tensor]]]) -> None:
-    kept, pool = decode(1, 4, 4)
-    compile_ahead.wait_for_later()
-    gc.collect()
-    assert kept is not None
-    assert pool() is None
-
-
-@pytest.mark.parametrize("v_heads", [4, 8])
-@pytest.mark.parametrize(("first", "other"), [(1, 50), (50, 1)])
-def test_a_step_has_what_other_batches_need_compiled_too(
-    machine: Machine,
-    decode: Callable[..., tuple[object, weakref.ref[torch.Tensor]]],
-    first: int,
-    other: int,
-    v_heads: int,
-) -> None:
-    decode(first, 4, v_heads)
-    compile_ahead.wait_for_later()
-    before = list(machine.compiled)
-    assert len(before) == 2
-    assert {thread for _, thread in before} == {"compile"}
-    for batch in (other, first, 2, 16, 17, 33, 34):
-        decode(batch, 4, v_heads)
-    assert machine.compiled == before
-    assert machine.read == []
-    assert len(machine.launched) == 8
-
-
-def test_of_a_step_with_a_configuration_of_its_own_nothing_else_is_compiled(
-    machine: Machine, decode: Callable[..., tuple[object, weakref.ref[torch.Tensor]]]
-) -> None:
-    from kimi_linear.kernels.triton.configs import Config
-
-    decode(1, 4, 4, config=Config(constants={"BV": 16, "PDL": 1}, num_warps=1))
-    compile_ahead.wait_for_later()
-    assert [name for name, _ in machine.compiled] == ["decode_kernel"]
-
-
-@pytest.mark.unchecked_shapes  # a tensor on a GPU that is not there
-@pytest.mark.parametrize(("heads", "v_heads"), [(1, 1), (4, 4), (2, 4), (32, 32), (12, 48), (96, 96), (140, 140)])
-@pytest.mark.parametrize("key_dim", [32, 128, 256])
-@pytest.mark.parametrize(("tokens", "kept"), [(1, False), (1, True), (4, True)])
-def test_a_few_batches_need_all_kernels_of_any(
-    monkeypatch: pytest.MonkeyPatch, heads: int, v_heads: int, key_dim: int, tokens: int, kept: bool
-) -> None:
-    from kimi_linear.kernels.triton import configs, decode
-
-    monkeypatch.setattr(configs, "device_arch", lambda index: (9, 0))
-    monkeypatch.setattr(decode, "processors", lambda index: 132)
-    gpu = SimpleNamespace(index=0)
-    q: Any = SimpleNamespace(shape=(1, tokens, heads, key_dim), is_cuda=True, device=gpu)
-    v: Any = SimpleNamespace(shape=(1, tokens, v_heads, key_dim), is_cuda=True, device=gpu)
-
-    def kinds(batches: Iterable[int]) -> set[tuple[str, int]]:
-        configs = ((batch, decode.config_for(q, v, batch)) for batch in batches)
-        return {(str(config), decode.ending_of(q, v, config, kept, batch)) for batch, config in configs}
-
-    assert kinds(decode.batches_of(v)) == kinds((*range(1, 3000), decode.MANY))
 
 
 def test_triton_gets_ready_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

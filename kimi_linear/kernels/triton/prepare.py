@@ -197,101 +197,113 @@ def prepare_kernel(
             x = tl.load(q + every * stride_q + d, every < left, 0.0)
             sum_q += tl.sum(x * x, 3)
         norms_k, norms_q = tl.rsqrt(sum_k + 1e-6), tl.rsqrt(sum_q + 1e-6) * scale
-    for part in range(K // BK):
-        dim = part * BK + in_slice
-        d, two_d = over_tile(dim), over_tile(part * (BK // IN_ONE) + two_in_slice)
-        bias = tl.zeros([S, CH], tl.float32)
-        if GATE != 0:
-            bias = tl.load(dt_bias + dim).to(tl.float32)
-        origin, rest = tl.zeros([S, CH], tl.float32), tl.zeros([S, CH], tl.float32)  # of P at the tile's start
-        # Keys of the tile before, of the one before that, and so on, from this tile's origin.
-        one = tl.zeros([L, S, P, CH // IN_ONE], tl.float32 if DOT == tl.float32 else tl.int32)
-        two, three = one, one
-        for tile in tl.range(4, num_stages=STAGES):
-            token = tile * 16 + token_of
-            # A tile past the end is zeros, and forgets nothing: the scan reads whole chunks.
-            inside = token < left
-            x = floats(tl.load(gate + token * stride_g + d, inside, 0.0))
+    dim, d, two_d = in_slice, over_tile(in_slice), over_tile(two_in_slice)
+    bias, none = (
+        tl.zeros([S, CH], tl.float32),
+        tl.zeros([L, S, P, CH // IN_ONE], tl.float32 if DOT == tl.float32 else tl.int32),
+    )
+    if GATE != 0:
+        bias = tl.load(dt_bias + dim).to(tl.float32)
+    origin, rest = tl.zeros([S, CH], tl.float32), tl.zeros([S, CH], tl.float32)  # of P at the tile's start
+    # Keys of the tile before, of the one before that, and so on, from this tile's origin.
+    one, two, three = none, none, none
+    for step in tl.range(
+        4 * (K // BK), num_stages=STAGES
+    ):  # one loop: of a loop in a loop Triton reads the inside four times
+        part, tile = 0, step
+        if BK < K:
+            part, tile = step // 4, step % 4
+            dim = part * BK + in_slice
+            d, two_d = over_tile(dim), over_tile(part * (BK // IN_ONE) + two_in_slice)
             if GATE != 0:
-                x += over_tile(bias)
-            g = chunk_log2_decay(x, tl.where(inside, amount, 0.0), tl.where(inside, lower_bound, 0.0), GATE, DOT)
-            if FORGETS:
-                slowest = tl.max(tl.max(g, 3), 1)
-                if BK == K:
-                    bits += tl.sum(tl.sum(slowest, 1), 0)
-                else:
-                    slowest_of = tl.where(slices == tile, tl.maximum(slowest_of, slowest[None, :, :]), slowest_of)
-            of_lane = tl.sum(g, 2, keep_dims=True)
-            _, before = tl.associative_scan((of_lane, of_lane * 0.0), 0, before_lane)
-            p = tl.cumsum(g, 2) + before
-            total = tl.sum(tl.sum(of_lane, 2), 0)
-            if DOT == tl.float32:  # summed in another order it would be off by a rounding of hundreds
-                total = tl.sum(tl.sum(tl.where(token_of == 15, p, 0.0), 2), 0)
-            end = rest + total
-            onward = tl.floor(end)
-            p += over_tile(rest)
-            tl.store(totals + tile * K + dim, total)
-            # Of what few tiles have to do nothing outlives this branch but ``mark``: registers are what the others lack.
-            mark, groups = tl.zeros([S, CH], tl.float32), 0
-            if tl.min(tl.min(total, 1), 0) < -widest:
-                deep = tl.floor(tl.min(tl.min(tl.where(p >= -deepest, p, 0.0), 2), 0))
-                mark = tl.where(total >= -widest, 0.0, tl.minimum(deep, 0.0))
-                steep = total - mark < -widest
-                mark = tl.where(steep, STEEP, mark)
-                group = tl.max(tl.reshape(steep.to(tl.int32), [BK // G, G]), 1)
-                groups = tl.sum(group << (part * (BK // G) + tl.arange(0, BK // G)), 0)
-                anchor = tl.minimum(mark, 0.0)
-                p -= over_tile(anchor)
-                one, two, three = shifted(one, anchor, DOT), shifted(two, anchor, DOT), shifted(three, anchor, DOT)
-            tl.store(anchors + tile * K + dim, mark)
-            into = power2(p, DOT)
-            # q first, and done with, before k comes: both at once are too many registers.
-            b_q = floats(tl.load(q + token * stride_q + d, inside, 0.0))
-            norm_q, norm_k = tl.full([L, P], 1.0, tl.float32) * scale, tl.full([L, P], 1.0, tl.float32)
-            if BK < K:
-                norm_q = tl.sum(tl.where(slices == tile, norms_q, 0.0), 0)
-                norm_k = tl.sum(tl.where(slices == tile, norms_k, 0.0), 0)
-            elif NORMALIZE:
-                norm_q = tl.rsqrt(tl.sum(tl.sum(b_q * b_q, 3), 1) + 1e-6) * scale
-            late_q = packed(b_q * (over_rows(norm_q) * into), DOT)
-            b_k = floats(tl.load(k + token * stride_k + d, inside, 0.0))
-            if BK == K and NORMALIZE:
-                norm_k = tl.rsqrt(tl.sum(tl.sum(b_k * b_k, 3), 1) + 1e-6)
-            b_k *= over_rows(norm_k)
-            own = packed(b_k * power2(over_tile(tl.where(mark == STEEP, onward, 0.0)) - p, DOT), DOT)
-            near = shifted(own, tl.where(mark == STEEP, -1000.0, 0.0), DOT)
-            rows, to_start = token * (K // IN_ONE) + two_d, origin + tl.minimum(mark, 0.0)
-            late_k = packed(b_k * into, DOT)
-            tl.store(late + size // IN_ONE + rows, shifted(late_k, to_start, DOT))
-            tl.store(late + rows, shifted(late_q, to_start, DOT))
-            found = tl.dot(
-                as_operand(late_q, late_k, late_k, late_k, 2, DOT), tl.trans(as_operand(near, one, two, three, 4, DOT)),
-                input_precision=PRECISION,
-            )  # fmt: skip
-            of_q, of_k = tl.split(tl.permute(tl.reshape(found, [2, 16, 64]), (1, 2, 0)))
-            # Column c belongs to the tile c // 16 before this one; where there is none its keys are zeros, and the cells those of later tiles.
-            cell, earlier = (tile * 16 + r) * C + ((tile - c // 16) & 3) * 16 + c % 16, (c >= 16) | (r > c)
-            if part > 0:
-                of_q, of_k = of_q + tl.load(pairs_q + cell), of_k + tl.load(pairs_k + cell)
-            tl.store(pairs_q + cell, tl.where(earlier | (r == c), of_q, 0.0).to(DOT))
-            tl.store(pairs_k + cell, tl.where(earlier, of_k, 0.0).to(pairs_k.dtype.element_ty))
-            steep_groups = tl.where(one_tile == tile, steep_groups | groups, steep_groups)
-            if SAVE:
-                tl.store(norms + tile * 16 + row, norm_k)
-                tl.store(norms + C + tile * 16 + row, norm_q)
-            fade = onward - tl.minimum(mark, 0.0)
-            next_two, next_three = shifted(one, fade, DOT), shifted(two, fade, DOT)
-            one = shifted(own, tl.where(mark == STEEP, 0.0, fade), DOT)
-            origin, rest = origin + onward, end - onward
-            if tile == 3:
-                last, rows = power2(rest, DOT), token_of * (K // IN_ONE) + two_d
-                TILE: tl.constexpr = 16 * K // IN_ONE
-                tl.store(decay + dim, power2(origin + rest, DOT))
-                tl.store(write + 3 * TILE + rows, scaled(one, last, DOT))
-                tl.store(write + 2 * TILE + rows, scaled(next_two, last, DOT))
-                tl.store(write + TILE + rows, scaled(next_three, last, DOT))
-                tl.store(write + rows, scaled(shifted(three, fade, DOT), last, DOT))
-            two, three = next_two, next_three
+                bias = tl.load(dt_bias + dim).to(tl.float32)
+            if tile == 0:
+                origin, rest = tl.zeros([S, CH], tl.float32), tl.zeros([S, CH], tl.float32)
+                one, two, three = none, none, none
+        token = tile * 16 + token_of
+        # A tile past the end is zeros, and forgets nothing: the scan reads whole chunks.
+        inside = token < left
+        x = floats(tl.load(gate + token * stride_g + d, inside, 0.0))
+        if GATE != 0:
+            x += over_tile(bias)
+        g = chunk_log2_decay(x, tl.where(inside, amount, 0.0), tl.where(inside, lower_bound, 0.0), GATE, DOT)
+        if FORGETS:
+            slowest = tl.max(tl.max(g, 3), 1)
+            if BK == K:
+                bits += tl.sum(tl.sum(slowest, 1), 0)
+            else:
+                slowest_of = tl.where(slices == tile, tl.maximum(slowest_of, slowest[None, :, :]), slowest_of)
+        of_lane = tl.sum(g, 2, keep_dims=True)
+        _, before = tl.associative_scan((of_lane, of_lane * 0.0), 0, before_lane)
+        p = tl.cumsum(g, 2) + before
+        total = tl.sum(tl.sum(of_lane, 2), 0)
+        if DOT == tl.float32:  # summed in another order it would be off by a rounding of hundreds
+            total = tl.sum(tl.sum(tl.where(token_of == 15, p, 0.0), 2), 0)
+        end = rest + total
+        onward = tl.floor(end)
+        p += over_tile(rest)
+        tl.store(totals + tile * K + dim, total)
+        # Of what few tiles have to do nothing outlives this branch but ``mark``: registers are what the others lack.
+        mark, groups = tl.zeros([S, CH], tl.float32), 0
+        if tl.min(tl.min(total, 1), 0) < -widest:
+            deep = tl.floor(tl.min(tl.min(tl.where(p >= -deepest, p, 0.0), 2), 0))
+            mark = tl.where(total >= -widest, 0.0, tl.minimum(deep, 0.0))
+            steep = total - mark < -widest
+            mark = tl.where(steep, STEEP, mark)
+            group = tl.max(tl.reshape(steep.to(tl.int32), [BK // G, G]), 1)
+            groups = tl.sum(group << (part * (BK // G) + tl.arange(0, BK // G)), 0)
+            anchor = tl.minimum(mark, 0.0)
+            p -= over_tile(anchor)
+            one, two, three = shifted(one, anchor, DOT), shifted(two, anchor, DOT), shifted(three, anchor, DOT)
+        tl.store(anchors + tile * K + dim, mark)
+        into = power2(p, DOT)
+        # q first, and done with, before k comes: both at once are too many registers.
+        b_q = floats(tl.load(q + token * stride_q + d, inside, 0.0))
+        norm_q, norm_k = tl.full([L, P], 1.0, tl.float32) * scale, tl.full([L, P], 1.0, tl.float32)
+        if BK < K:
+            norm_q = tl.sum(tl.where(slices == tile, norms_q, 0.0), 0)
+            norm_k = tl.sum(tl.where(slices == tile, norms_k, 0.0), 0)
+        elif NORMALIZE:
+            norm_q = tl.rsqrt(tl.sum(tl.sum(b_q * b_q, 3), 1) + 1e-6) * scale
+        late_q = packed(b_q * (over_rows(norm_q) * into), DOT)
+        b_k = floats(tl.load(k + token * stride_k + d, inside, 0.0))
+        if BK == K and NORMALIZE:
+            norm_k = tl.rsqrt(tl.sum(tl.sum(b_k * b_k, 3), 1) + 1e-6)
+        b_k *= over_rows(norm_k)
+        own = packed(b_k * power2(over_tile(tl.where(mark == STEEP, onward, 0.0)) - p, DOT), DOT)
+        near = shifted(own, tl.where(mark == STEEP, -1000.0, 0.0), DOT)
+        rows, to_start = token * (K // IN_ONE) + two_d, origin + tl.minimum(mark, 0.0)
+        late_k = packed(b_k * into, DOT)
+        tl.store(late + size // IN_ONE + rows, shifted(late_k, to_start, DOT))
+        tl.store(late + rows, shifted(late_q, to_start, DOT))
+        found = tl.dot(
+            as_operand(late_q, late_k, late_k, late_k, 2, DOT), tl.trans(as_operand(near, one, two, three, 4, DOT)),
+            input_precision=PRECISION,
+        )  # fmt: skip
+        of_q, of_k = tl.split(tl.permute(tl.reshape(found, [2, 16, 64]), (1, 2, 0)))
+        # Column c belongs to the tile c // 16 before this one; where there is none its keys are zeros, and the cells those of later tiles.
+        cell, earlier = (tile * 16 + r) * C + ((tile - c // 16) & 3) * 16 + c % 16, (c >= 16) | (r > c)
+        if part > 0:
+            of_q, of_k = of_q + tl.load(pairs_q + cell), of_k + tl.load(pairs_k + cell)
+        tl.store(pairs_q + cell, tl.where(earlier | (r == c), of_q, 0.0).to(DOT))
+        tl.store(pairs_k + cell, tl.where(earlier, of_k, 0.0).to(pairs_k.dtype.element_ty))
+        steep_groups = tl.where(one_tile == tile, steep_groups | groups, steep_groups)
+        if SAVE:
+            tl.store(norms + tile * 16 + row, norm_k)
+            tl.store(norms + C + tile * 16 + row, norm_q)
+        fade = onward - tl.minimum(mark, 0.0)
+        next_two, next_three = shifted(one, fade, DOT), shifted(two, fade, DOT)
+        one = shifted(own, tl.where(mark == STEEP, 0.0, fade), DOT)
+        origin, rest = origin + onward, end - onward
+        if tile == 3:
+            last, rows = power2(rest, DOT), token_of * (K // IN_ONE) + two_d
+            TILE: tl.constexpr = 16 * K // IN_ONE
+            tl.store(decay + dim, power2(origin + rest, DOT))
+            tl.store(write + 3 * TILE + rows, scaled(one, last, DOT))
+            tl.store(write + 2 * TILE + rows, scaled(next_two, last, DOT))
+            tl.store(write + TILE + rows, scaled(next_three, last, DOT))
+            tl.store(write + rows, scaled(shifted(three, fade, DOT), last, DOT))
+        two, three = next_two, next_three
     tl.store(flags + one_tile, steep_groups)
     any_steep = tl.max(steep_groups, 0) > 0
     if SAVE or any_steep:
