@@ -157,9 +157,7 @@ def prepare_kernel(
     IN_ONE: tl.constexpr = 1 if DOT == tl.float32 else 2  # numbers that lie in one of ``packed``
     widest: tl.constexpr = MAX_RANGE_FP32 if DOT == tl.float32 else MAX_RANGE
     deepest: tl.constexpr = DEEPEST_FP32 if DOT == tl.float32 else DEEPEST
-    tl.static_assert(
-        BK == K or DOT == tl.float32
-    )  # slices add up their pairs where they lie, which 16 bits are too few for
+    tl.static_assert(BK == K or DOT == tl.float32)  # slices add up their pairs in memory: 16 bits are too few
     chunk, hv = tl.program_id(0), tl.program_id(1)
     h = hv // (HV // H)
     start, stop = chunk_of(chunk, cu_chunks, cu_seqlens, num_sequences, tokens, C, PACKED)
@@ -184,12 +182,12 @@ def prepare_kernel(
         amount = tl.exp2(tl.load(A_log + hv).to(tl.float32) * 1.4426950408889634)
         dt_bias += hv * K
     bits, steep_groups, one_tile = 0.0, tl.zeros([4], tl.int32), tl.arange(0, 4)
-    slices = tl.arange(0, 4)[:, None, None]
+    tile_of = tl.arange(0, 4)[:, None, None]
     norms_k, norms_q = tl.full([4, L, P], 1.0, tl.float32), tl.full([4, L, P], 1.0, tl.float32) * scale
     slowest_of = tl.full([4, L, P], float("-inf"), tl.float32)
     if BK < K and NORMALIZE:
         sum_k, sum_q = tl.zeros([4, L, P], tl.float32), tl.zeros([4, L, P], tl.float32)
-        every = (slices * 16 + row[None, :, :])[:, :, :, None]
+        every = (tile_of * 16 + row[None, :, :])[:, :, :, None]
         for part in range(K // BK):
             d = (part * BK + tl.arange(0, BK))[None, None, None, :]
             x = tl.load(k + every * stride_k + d, every < left, 0.0)
@@ -198,18 +196,15 @@ def prepare_kernel(
             sum_q += tl.sum(x * x, 3)
         norms_k, norms_q = tl.rsqrt(sum_k + 1e-6), tl.rsqrt(sum_q + 1e-6) * scale
     dim, d, two_d = in_slice, over_tile(in_slice), over_tile(two_in_slice)
-    bias, none = (
-        tl.zeros([S, CH], tl.float32),
-        tl.zeros([L, S, P, CH // IN_ONE], tl.float32 if DOT == tl.float32 else tl.int32),
-    )
+    bias = tl.zeros([S, CH], tl.float32)
+    none = tl.zeros([L, S, P, CH // IN_ONE], tl.float32 if DOT == tl.float32 else tl.int32)
     if GATE != 0:
         bias = tl.load(dt_bias + dim).to(tl.float32)
     origin, rest = tl.zeros([S, CH], tl.float32), tl.zeros([S, CH], tl.float32)  # of P at the tile's start
     # Keys of the tile before, of the one before that, and so on, from this tile's origin.
     one, two, three = none, none, none
-    for step in tl.range(
-        4 * (K // BK), num_stages=STAGES
-    ):  # one loop: of a loop in a loop Triton reads the inside four times
+    # One loop for both, as Triton reads the inside of a loop in a loop four times.
+    for step in tl.range(4 * (K // BK), num_stages=STAGES):
         part, tile = 0, step
         if BK < K:
             part, tile = step // 4, step % 4
@@ -232,7 +227,7 @@ def prepare_kernel(
             if BK == K:
                 bits += tl.sum(tl.sum(slowest, 1), 0)
             else:
-                slowest_of = tl.where(slices == tile, tl.maximum(slowest_of, slowest[None, :, :]), slowest_of)
+                slowest_of = tl.where(tile_of == tile, tl.maximum(slowest_of, slowest[None, :, :]), slowest_of)
         of_lane = tl.sum(g, 2, keep_dims=True)
         _, before = tl.associative_scan((of_lane, of_lane * 0.0), 0, before_lane)
         p = tl.cumsum(g, 2) + before
@@ -261,8 +256,8 @@ def prepare_kernel(
         b_q = floats(tl.load(q + token * stride_q + d, inside, 0.0))
         norm_q, norm_k = tl.full([L, P], 1.0, tl.float32) * scale, tl.full([L, P], 1.0, tl.float32)
         if BK < K:
-            norm_q = tl.sum(tl.where(slices == tile, norms_q, 0.0), 0)
-            norm_k = tl.sum(tl.where(slices == tile, norms_k, 0.0), 0)
+            norm_q = tl.sum(tl.where(tile_of == tile, norms_q, 0.0), 0)
+            norm_k = tl.sum(tl.where(tile_of == tile, norms_k, 0.0), 0)
         elif NORMALIZE:
             norm_q = tl.rsqrt(tl.sum(tl.sum(b_q * b_q, 3), 1) + 1e-6) * scale
         late_q = packed(b_q * (over_rows(norm_q) * into), DOT)
