@@ -3,7 +3,7 @@
     late_q = q 2^(P - a)    late_k = beta k 2^(P - a)    early = k 2^(a - P)
 
 P is the running log2-decay in the chunk. Where no channel of the chunk forgets more than 2^-WIDEST, and none is steep, one anchor
-serves (``served``, of steep.py): a = P_C / 2 lies in the middle, no exponent is beyond WIDEST / 2, and all pairs of the chunk are
+serves (``served``, of prepare.py): a = P_C / 2 lies in the middle, no exponent is beyond WIDEST / 2, and all pairs of the chunk are
 products of these. Elsewhere the anchors are those of prepare.py, tile by tile, where a steep channel's early is faded to the tile's end.
 
 ``factors`` [chunks, HV, 7, 4, K] fp32 says of each tile what becomes of them further off. late times factors[0] reads the state

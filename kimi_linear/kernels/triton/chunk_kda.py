@@ -62,7 +62,7 @@ class Problem:
 
 
 class _Tiles(NamedTuple):
-    """What prepare.py finds out about tiles, and ``late``, which it fills; ``served`` is of steep.py, ``norms`` for the backward."""
+    """What prepare.py finds out about tiles, and ``late``, which it fills; ``norms`` and ``served`` are for the backward."""
 
     late: Tensor
     anchors: Tensor

@@ -21,9 +21,10 @@ The next tile's q, k and gate are on their way while one is at work. For fp32, w
 Grid (chunks, HV). Outputs lie chunk by chunk: late [2, chunks, HV, C, K] (read, then keys), write [chunks, HV, C, K], pairs_q,
 pairs_k [chunks, HV, C, C] (pairs_k below its diagonal only), decay [chunks, HV, K] fp32; for steep.py and the backward anchors,
 totals (log2-decay of a tile) [chunks, HV, 4, K] fp32, flags [chunks, HV, 4] int32, a bit for every G channels of a tile, set
-where one of them is steep; with SAVE also norms [chunks, HV, 2, C] fp32, what the rows of k and of q were scaled by. With
-FORGETS ``forgets`` [chunks, HV] fp32, for segments.py: the sum over tokens of the slowest channel's log2-decay, a bound of the
-chunk's log2-norm as a map of states, if solve.py agrees.
+where one of them is steep; with SAVE also norms [chunks, HV, 2, C] fp32, what the rows of k and of q were scaled by, and
+``served`` [chunks, HV] int32, 1 where an anchor in the chunk's middle serves all its channels. With FORGETS ``forgets``
+[chunks, HV] fp32, for segments.py: the sum over tokens of the slowest channel's log2-decay, a bound of the chunk's log2-norm
+as a map of states, if solve.py agrees.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Saved(NamedTuple):
     norms: Tensor
     """[chunks, HV, 2, C] fp32."""
     served: Tensor
-    """[chunks, HV] int32: of steep.py."""
+    """[chunks, HV] int32: of prepare.py."""
     states: Tensor
     """[chunks, HV, V, K]: at the chunks' starts."""
     written: Tensor

@@ -27,11 +27,11 @@ def one_serves(totals, K: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, base, row, inside, stride, K: tl.constexpr, NORMALIZE: tl.constexpr):
+def _rows(x, row, inside, stride, K: tl.constexpr, NORMALIZE: tl.constexpr):
     """What the rows [16] of q or k are scaled by."""
     if NORMALIZE:
         dim = tl.arange(0, K)
-        whole = tl.load(x + base + row[:, None] * stride + dim[None, :], inside, 0.0).to(tl.float32)
+        whole = tl.load(x + row[:, None] * stride + dim[None, :], inside, 0.0).to(tl.float32)
         return tl.rsqrt(tl.sum(whole * whole, 1) + 1e-6)
     return tl.full([16], 1.0, tl.float32)
 
@@ -51,8 +51,8 @@ def add_steep_pairs(
     row = tl.arange(0, 16)
     r, c, token = row[:, None], row[None, :], tile * 16 + row
     inside, key_of = (token < left)[:, None], token[:, None]
-    norm_k = _rows(k, 0, token, inside, stride_k, K, NORMALIZE)
-    norm_q = _rows(q, 0, token, inside, stride_q, K, NORMALIZE) * scale
+    norm_k = _rows(k, token, inside, stride_k, K, NORMALIZE)
+    norm_q = _rows(q, token, inside, stride_q, K, NORMALIZE) * scale
     of_q, of_k = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
     for group in range(K // G):
         if (groups >> group) & 1:
