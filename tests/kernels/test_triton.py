@@ -83,9 +83,10 @@ def test_channels_that_one_anchor_does_not_serve() -> None:
 
 
 def launched(
-    arch: int, key_dim: int, value_dim: int, tokens: int = 200, inputs: torch.dtype = torch.bfloat16
-) -> list[Launch]:
-    """Every kernel of both directions for packed sequences, a raw gate and the norm."""
+    arch: int, key_dim: int, value_dim: int, tokens: int = 200, inputs: torch.dtype = torch.bfloat16,
+    plain: torch.dtype | None = None,
+) -> list[Launch]:  # fmt: skip
+    """Every kernel of both directions for packed sequences and the norm; a raw gate, or log-decays of the dtype ``plain``."""
     from kimi_linear.kernels.triton.chunk_kda import Problem, backward, forward_to_train
 
     def made(*shape: int, dtype: torch.dtype = inputs) -> torch.Tensor:
@@ -94,8 +95,8 @@ def launched(
     wide = torch.float32
     problem = Problem(
         q=made(1, tokens, 1, key_dim), k=made(1, tokens, 1, key_dim), v=made(1, tokens, 1, value_dim),
-        gate=made(1, tokens, 1, key_dim), beta=made(1, tokens, 1, dtype=wide), A_log=made(1, dtype=wide),
-        dt_bias=made(key_dim, dtype=wide), lower_bound=None, scale=1.0, normalize=True,
+        gate=made(1, tokens, 1, key_dim, dtype=plain or inputs), beta=made(1, tokens, 1, dtype=wide),
+        A_log=None if plain else made(1, dtype=wide), dt_bias=None if plain else made(key_dim, dtype=wide), lower_bound=None, scale=1.0, normalize=True,
         initial_state=made(2, 1, value_dim, key_dim, dtype=wide), cu_seqlens=torch.tensor([0, tokens // 2, tokens]),
     )  # fmt: skip
     with compiled_for(arch) as launches:
@@ -126,6 +127,12 @@ SPILLED = {
     "tile_backward_kernel": 384, "value_backward_kernel": 8, "anchored_backward_kernel": 48, "solve_kernel": 24, "prepare_kernel": 48,
 }  # fmt: skip
 """Bytes a thread, where what spills nothing was slower on a GPU: see docs/LOG.md."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.unpoisoned
+def test_log_decays_of_any_type_compile(dtype: torch.dtype) -> None:
+    assert {launch.kernel for launch in launched(90, 32, 32, plain=dtype)} >= CHUNK_KERNELS
 
 
 @pytest.mark.unpoisoned
