@@ -42,7 +42,7 @@ def usable(problem: Problem, present: Config, device: str) -> tuple[dict[str, tu
     expected = run(present)
     good: dict[str, tuple[Config, object]] = {}
     bad: list[str] = []
-    for config in dict.fromkeys((present, *problem.candidates)):
+    for config in {str(c): c for c in (present, *problem.candidates)}.values():
         try:
             got = run(config)
         except Exception as error:  # a candidate that does not compile, or takes more than the chip has, is an answer

@@ -93,6 +93,28 @@ def test_the_tuner_writes_the_chosen_entry_and_nothing_else(tmp_path: Path, monk
     }
 
 
+def test_the_tuner_keeps_candidates_that_agree_with_the_present_entry_and_times_each_once() -> None:
+    tune = pytest.importorskip("benchmarks.ops.tune", reason="benchmarks are not installed with the package")
+    present, wrong, broken = (Config(constants={"B": size}) for size in (16, 32, 64))
+    same = Config(constants={"B": 16}, num_warps=2)
+    calls = []
+
+    def run(config: Config) -> tuple[torch.Tensor]:
+        calls.append(str(config))
+        if config == broken:
+            raise RuntimeError("out of shared memory")
+        return (torch.full((8,), 2.0 if config == wrong else 1.0),)
+
+    problem = tune.Problem(
+        kernel="k", shape_class="any", about="", moved=8, candidates=(same, present, wrong, broken),
+        build=lambda device: run,
+    )  # fmt: skip
+    good, bad = tune.usable(problem, present, "cpu")
+    assert list(good) == [str(present), str(same)]
+    assert [line.split(":")[0] for line in bad] == [str(wrong), str(broken)]
+    assert sorted(calls) == sorted([str(present), *(str(c) for c in (present, same, wrong, broken))])
+
+
 def test_no_kernel_is_tuned_when_it_is_called() -> None:
     folder = Path(configs.__file__).parent
     assert [
