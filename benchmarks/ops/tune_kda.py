@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +34,8 @@ def problems() -> list[Problem]:
         Problem(
             kernel=kernel, shape_class=shape_class(dim, torch.bfloat16),
             about=f"T={TOKENS} H={WIDTH // dim} K=V={dim}, bf16, {GATE} gate",
-            moved=int(bytes_of(dim) * TOKENS * WIDTH // dim), candidates=tuple(candidates),
+            moved=int(bytes_of(dim) * TOKENS * WIDTH // dim),
+            candidates=tuple(_whole_rows(c, dim) if kernel == "kda_prepare" else c for c in candidates),
             build=partial(_build, kernel, dim),
         )
         for kernel, (candidates, bytes_of) in KERNELS.items()
@@ -51,12 +53,17 @@ def _grid(
     ]
 
 
+def _whole_rows(config: Config, dim: int) -> Config:
+    """In 16 bits a slice of prepare's is the whole of a row."""
+    return replace(config, constants={"BK": dim})
+
+
 # Names in the table; candidates; bytes per token and head that must move, from K = V.
 # Of steep_backward that is its flags, as nearly every program of it ends there.
 # Never 8 warps where a product has 32 columns: illegal memory accesses on sm_90 (Triton 3.6.0; docs/LOG.md).
 KERNELS: dict[str, tuple[list[Config], Callable[[int], float]]] = {
     "kda_prepare": (
-        _grid(BK=128, num_warps=(1, 2, 4), num_stages=(1, 2, 3)),  # in 16 bits a slice is the whole of a row
+        _grid(BK=128, num_warps=(1, 2, 4), num_stages=(1, 2, 3)),
         lambda d: 12 * d + 4 * CHUNK + 9 * 4 * d / CHUNK,
     ),
     "kda_solve": (
