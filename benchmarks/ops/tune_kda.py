@@ -24,8 +24,8 @@ from kimi_linear.testing.factories import GateKind, kda_inputs
 TOKENS = 8192
 WIDTH = 4096
 """H * K: 32 heads of 128."""
-GATE: GateKind = "fast"
-"""What is timed: many channels of it are anchored, and few tiles are steep."""
+GATES: tuple[GateKind, ...] = ("init", "fast")
+"""What is timed, one after the other: nothing is anchored in the first, in the second many channels are, and few tiles are steep."""
 
 
 def problems() -> list[Problem]:
@@ -33,8 +33,8 @@ def problems() -> list[Problem]:
     return [
         Problem(
             kernel=kernel, shape_class=shape_class(dim, torch.bfloat16),
-            about=f"T={TOKENS} H={WIDTH // dim} K=V={dim}, bf16, {GATE} gate",
-            moved=int(bytes_of(dim) * TOKENS * WIDTH // dim),
+            about=f"T={TOKENS} H={WIDTH // dim} K=V={dim}, bf16, gates {', '.join(GATES)}",
+            moved=int(len(GATES) * bytes_of(dim) * TOKENS * WIDTH // dim),
             candidates=tuple(_whole_rows(c, dim) if kernel == "kda_prepare" else c for c in candidates),
             build=partial(_build, kernel, dim),
         )
@@ -105,10 +105,15 @@ class _Recorder:
 
 
 def _build(kernel: str, dim: int, device: str) -> Run:
+    runs = [_build_one(kernel, dim, gate, device) for gate in GATES]
+    return lambda config: tuple(x for run in runs for x in run(config))
+
+
+def _build_one(kernel: str, dim: int, gate: GateKind, device: str) -> Run:
     from kimi_linear.kernels.triton import chunk_kda
 
     inputs = kda_inputs(
-        1, TOKENS, WIDTH // dim, key_dim=dim, gate=GATE, raw=True, normalized=False, dtype=torch.bfloat16, device=device,
+        1, TOKENS, WIDTH // dim, key_dim=dim, gate=gate, raw=True, normalized=False, dtype=torch.bfloat16, device=device,
         drawn_on=device,
     )  # fmt: skip
     parts = inputs.gate

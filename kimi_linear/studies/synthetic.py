@@ -38,15 +38,15 @@ class SyntheticConfig:
     """Mixers to compare; both layers are one. mla has rotary positions, and is there for orientation."""
     lengths: str = "256,512,1024,2048"
     """Tokens of a sequence, at most."""
-    lrs: str = "1e-3,5e-4,1e-4,5e-5"
-    """Learning rates to try, the paper's."""
+    lrs: str = "5e-4,1e-4,1e-3,5e-5"
+    """Learning rates to try, the most promising first; the paper's."""
     seeds: int = 3
     """Trainings at ``curve_length`` with the best learning rate; elsewhere there is one."""
     curve_length: int = 1024
     """Length at which accuracy against steps is compared."""
     sweep: Literal["best", "full"] = "best"
-    """Learning rates, the largest first: "best" begins the two largest, the next while smaller was better, and trains other
-    lengths with the one that was best at ``curve_length``; a cell ends where another rate was sooner at 100 %. Or all of them."""
+    """Learning rates: "best" begins the first two, goes on to the neighbours of the best one, and trains other lengths with the
+    one that was best at ``curve_length``; a cell ends where another rate has won whatever is still to come. Or all of them."""
     steps: int = 20000
     """Most training steps of a cell."""
     until: float = 0.9995
@@ -200,6 +200,12 @@ def area(config: SyntheticConfig, result: Mapping[str, Any]) -> float:
     return total / config.steps
 
 
+def most(config: SyntheticConfig, curve: Mapping[str, Any]) -> float:
+    """``area`` of a curve if every sequence is right from here on."""
+    last = curve["step"][-1] if curve["step"] else 0
+    return area(config, {"curve": curve, "ended": "steps"}) + (config.steps - last) / config.steps
+
+
 def pending(config: SyntheticConfig, results: Results) -> list[Cell]:
     """Cells to train now, the most telling first; others may follow from their results."""
     cells = [cell for cell in sweep_cells(config) if cell not in results and wanted(config, cell, results)]
@@ -214,14 +220,19 @@ def wanted(config: SyntheticConfig, cell: Cell, results: Results) -> bool | None
     if cell.length != config.curve_length and takes_best(config):
         best = _best_swept(config, cell.task, config.curve_length, cell.mixer, results)
         return None if best is None else cell.lr == best.lr
-    sweep = sorted(_sweep_of(config, cell.task, cell.length, cell.mixer), key=lambda other: -other.lr)
-    at = sweep.index(cell)
-    if at < 2:
-        return True
-    larger, last = sweep[at - 2 : at]
-    if larger in results and last in results:
-        return area(config, results[last]) >= area(config, results[larger])
-    return False if wanted(config, last, results) is False else None
+    sweep = _sweep_of(config, cell.task, cell.length, cell.mixer)
+    by_rate = sorted(sweep, key=lambda other: other.lr)
+    tried, beside = list[Cell](), sweep[:2]
+    while beside:
+        if cell in beside:
+            return True
+        tried += beside
+        best = best_of(config, tried, results)
+        if best is None or not all(other in results for other in tried):
+            return None
+        at = by_rate.index(best)
+        beside = [other for other in by_rate[max(0, at - 1) : at + 2] if other not in tried]
+    return False
 
 
 def takes_best(config: SyntheticConfig) -> bool:
@@ -252,7 +263,8 @@ def _rank(config: SyntheticConfig, cell: Cell) -> tuple[Any, ...]:
         stage = 2
     else:
         stage = 0 if telling else 1
-    return stage, cell.seed, not telling, -cell.length, -cell.lr, TASKS.index(cell.task), cell.mixer
+    rate = [float(lr) for lr in words(config.lrs)].index(cell.lr)
+    return stage, cell.seed, not telling, -cell.length, rate, TASKS.index(cell.task), cell.mixer
 
 
 def task_of(config: SyntheticConfig, cell: Cell) -> Palindrome | MQAR | Stack:

@@ -16,8 +16,10 @@ from kimi_linear.studies.synthetic import (
     Cell,
     Results,
     SyntheticConfig,
+    area,
     cells_in_all,
     lane_of,
+    most,
     pending,
     read_results,
     settings_of,
@@ -101,12 +103,14 @@ class Board:
                 save_lane(lane, settings_of(lane.config), self._checkpoint(cell))
 
     def _ended(self, cell: Cell, lane: Lane) -> str | None:
-        """Why a cell is over, "overtaken" where another learning rate had solved its task by this step; None while it is not."""
-        ended, last = lane.curve.ended(lane.config), lane.curve.points[-1].step if lane.curve.points else 0
+        """Why a cell is over, "overtaken" where another learning rate's curve has an area it can't reach; None while it is not."""
+        ended = lane.curve.ended(lane.config)
         if ended is None and self.config.sweep != "full":
             rivals = [self.results.get(dataclasses.replace(cell, lr=float(lr))) for lr in words(self.config.lrs)]
-            sooner = [r["curve"]["step"][-1] <= last for r in rivals if r is not None and r["ended"] == "solved"]
-            ended = "overtaken" if any(sooner) else None
+            points = lane.curve.points
+            curve = {"step": [p.step for p in points], "sequence_accuracy": [p.sequence_accuracy for p in points]}
+            reach = most(self.config, curve)
+            ended = "overtaken" if any(area(self.config, r) > reach for r in rivals if r is not None) else None
         return ended
 
     def _finish(self, cell: Cell, lane: Lane, ended: str) -> None:

@@ -37,9 +37,9 @@ def test_a_candidate_is_judged_by_a_whole_call_and_timed_alone(monkeypatch: pyte
         results = run(wide)
     whole = [launch.kernel for launch in launches]
     assert {f"{name}_kernel" for name in CHUNK_KERNELS} <= set(whole)
-    assert len(results) == 10  # output and state, and the gradients of all eight inputs
+    assert len(results) == 2 * 10  # for each gate output and state, and the gradients of all eight inputs
     with compiled_for(90) as launches:
         again = run(wide)
-    assert [launch.kernel for launch in launches] == ["prepare_kernel"]
-    assert ".reqntid 256" in launches[0].ptx
+    assert [launch.kernel for launch in launches] == ["prepare_kernel"] * 2
+    assert all(".reqntid 256" in launch.ptx for launch in launches)
     assert all(a is b for a, b in zip(again, results, strict=True))

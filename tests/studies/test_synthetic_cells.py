@@ -26,67 +26,76 @@ def result(*shares: float, ended: str = "steps", every: int = 5000) -> dict:
 
 def test_the_most_telling_cells_come_first() -> None:
     cells = pending(FULL, {})
-    assert len(cells) == 3 * 4 * 2  # tasks, mixers, and the two largest learning rates
+    assert len(cells) == 3 * 4 * 2  # tasks, mixers, and the first two learning rates
     assert len(pending(replace(FULL, sweep="full"), {})) == 3 * 4 * 4 * 4
     first = cells[:8]
     assert {(c.length, c.seed) for c in first} == {(1024, 0)}
     assert {c.mixer for c in first} == {"kda", "gdn"}
     assert {c.task for c in first} == {"palindrome", "mqar"}
-    assert [c.lr for c in first] == sorted((c.lr for c in first), reverse=True)
+    assert [c.lr for c in first] == [5e-4] * 4 + [1e-4] * 4
     assert {c.mixer for c in cells[-6:]} == {"mla"}
 
 
 def test_other_lengths_take_the_learning_rate_that_was_best_where_curves_are_compared() -> None:
-    at = Cell(task="mqar", length=1024, mixer="kda", lr=1e-3, seed=0)
+    at = Cell(task="mqar", length=1024, mixer="kda", lr=1e-4, seed=0)
     done = {at: result(0.0, 0.5, 0.9), replace(at, lr=5e-4): result(0.0, 1.0, ended="solved")}
     assert {c.length for c in pending(FULL, done)} == {1024}
-    done[replace(at, lr=1e-4)] = result(0.0, 0.5, ended="overtaken")
+    done[replace(at, lr=1e-3)] = result(0.0, 0.5, ended="overtaken")
     others = [c for c in pending(FULL, done) if c.length != 1024]
     assert sorted((c.length, c.lr) for c in others) == [(256, 5e-4), (512, 5e-4), (2048, 5e-4)]
     assert {(c.task, c.mixer) for c in others} == {("mqar", "kda")}
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "third"), [((0.0, 1.0), (0.0, 0.9), []), ((0.0, 0.9), (0.0, 1.0), [1e-4]), ((0.0, 0.0), (0.0, 0.0), [1e-4])]
-)  # fmt: skip
+    ("large", "small", "next_rates"),
+    [((0.0, 1.0), (0.0, 0.9), [1e-3]), ((0.0, 0.9), (0.0, 1.0), [5e-5]), ((0.0, 0.0), (0.0, 0.0), [1e-3])],
+)
 @pytest.mark.parametrize("length", [256, 1024])
-def test_a_smaller_learning_rate_is_begun_where_smaller_was_not_worse(
-    first, second, third: list[float], length: int
+def test_a_sweep_goes_on_to_the_neighbours_of_the_best_learning_rate(
+    large, small, next_rates: list[float], length: int
 ) -> None:
     config = replace(FULL, lengths=f"{length}", tasks="mqar", mixers="kda", seeds=1)
-    at = Cell(task="mqar", length=length, mixer="kda", lr=1e-3, seed=0)
-    assert [c.lr for c in pending(config, {})] == [1e-3, 5e-4]
-    assert [c.lr for c in pending(config, {at: result(*first)})] == [5e-4]
-    done = {at: result(*first), replace(at, lr=5e-4): result(*second)}
-    assert [c.lr for c in pending(config, done)] == third
+    at = Cell(task="mqar", length=length, mixer="kda", lr=5e-4, seed=0)
+    assert [c.lr for c in pending(config, {})] == [5e-4, 1e-4]
+    assert [c.lr for c in pending(config, {at: result(*large)})] == [1e-4]
+    done = {at: result(*large), replace(at, lr=1e-4): result(*small)}
+    assert [c.lr for c in pending(config, done)] == next_rates
     assert len(pending(replace(config, sweep="full"), done)) == 2
+    assert pending(config, {**done, replace(at, lr=next_rates[0]): result(1.0, 1.0)}) == []  # the last one on its side
 
 
 def test_seeds_repeat_the_learning_rate_that_was_soonest_right() -> None:
-    base = Cell(task="mqar", length=1024, mixer="gdn", lr=1e-3, seed=0)
-    # 1e-3 never gets there, 5e-4 is solved at 10,000 and counts as right to the end, 1e-4 at 15,000.
+    base = Cell(task="mqar", length=1024, mixer="gdn", lr=5e-4, seed=0)
+    # 5e-4 never gets there, 1e-4 is solved at 10,000 and counts as right to the end, 5e-5 at 15,000.
     done = {
         base: result(0.1, 0.5, 0.8, 0.9),
-        replace(base, lr=5e-4): result(0.0, 1.0, ended="solved"),
+        replace(base, lr=1e-4): result(0.0, 1.0, ended="solved"),
     }
     assert synthetic.seed_cells(FULL, done) == []  # smaller was better, so a smaller one is still to come
-    assert {c.lr for c in synthetic.seed_cells(FULL, done, so_far=True)} == {5e-4}
-    done[replace(base, lr=1e-4)] = result(0.0, 0.9, 1.0, ended="solved")
+    assert {c.lr for c in synthetic.seed_cells(FULL, done, so_far=True)} == {1e-4}
+    done[replace(base, lr=5e-5)] = result(0.0, 0.9, 1.0, ended="solved")
     assert sorted(c.seed for c in synthetic.seed_cells(FULL, done)) == [1, 2]
-    assert {c.lr for c in synthetic.seed_cells(FULL, done)} == {5e-4}
-    assert synthetic.area(FULL, done[replace(base, lr=5e-4)]) == pytest.approx(0.75)
+    assert {c.lr for c in synthetic.seed_cells(FULL, done)} == {1e-4}
+    assert synthetic.area(FULL, done[replace(base, lr=1e-4)]) == pytest.approx(0.75)
     assert synthetic.area(FULL, done[base]) == pytest.approx(0.575)
+    assert synthetic.most(FULL, result(0.1, 0.5)["curve"]) == pytest.approx(0.65)
+    assert synthetic.most(FULL, result()["curve"]) == 1
 
 
-def test_a_cell_ends_where_another_learning_rate_had_solved_its_task(tmp_path) -> None:
-    config = replace(TINY, lengths="32", point_every=4)
+@pytest.mark.parametrize(
+    ("rival", "steps"), [((1.0, 1.0), [4, 8]), ((0.0, 1.0), [4, 8, 12, 16, 20]), ((0.0, 0.0), [4, 8, 12, 16, 20, 24])]
+)
+def test_a_cell_ends_where_another_learning_rate_has_won_whatever_comes(rival, steps: list[int], tmp_path) -> None:
+    config = replace(
+        TINY, lengths="32", point_every=4
+    )  # ten steps are enqueued together, so points come by twos and threes
     one, other = sorted(synthetic.sweep_cells(config), key=lambda cell: cell.lr)
     settings = synthetic.settings_of(synthetic.lane_of(config, other))
-    write_cell(tmp_path / f"{other.name}.json", settings, result(0.5, 1.0, every=4, ended="solved"), indent=None)
+    write_cell(tmp_path / f"{other.name}.json", settings, result(*rival, every=12), indent=None)
     list(synthetic.run(config, tmp_path))
     found = synthetic.read_results(config, tmp_path)
-    assert found[one]["ended"] == "overtaken"
-    assert found[one]["curve"]["step"] == [4, 8]
+    assert found[one]["curve"]["step"] == steps
+    assert found[one]["ended"] == ("steps" if len(steps) == 6 else "overtaken")
     assert found[replace(other, seed=1)]["ended"] == "steps"  # a seed has no rival
 
 
