@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kimi_linear.config import ModelConfig
 from kimi_linear.data import IGNORE, MQAR, Palindrome, Stack
@@ -154,6 +154,7 @@ class Lane:
         if config.bf16:
             _round_once(self.model)
         self.model.to(device).train()
+        self._rounded = _rounded_weights(self.model) if config.bf16 else []
         self.curve = Curve()
         self.step = 0
         self._generator = torch.Generator(device)
@@ -271,12 +272,13 @@ class Lane:
         self._optimizer.zero_grad(set_to_none=True)
         tokens = self._tokens.index_select(0, self._place)[0]
         targets = self._targets.index_select(0, self._place)[0, :, config.task.scored]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            logits = self.model.logits_of(self._scored(tokens)).float()
         scored = targets != IGNORE
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        loss = total / scored.sum().clamp(min=1)
-        loss.backward()
+        with self._with_rounded_weights():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+                logits = self.model.logits_of(self._scored(tokens)).float()
+            total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            loss = total / scored.sum().clamp(min=1)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip, foreach=True)
         self._set_rate()
         self._optimizer.step()
@@ -286,6 +288,28 @@ class Lane:
         counts = torch.stack([right.sum(), scored.sum(), exact.sum(), some.sum()])
         self._sums += torch.cat([loss.detach().double()[None], counts.double()])
         self._place += 1
+
+    @contextmanager
+    def _with_rounded_weights(self) -> Iterator[None]:
+        """Projections in bf16 meanwhile, rounded in one kernel, and their gradients in fp32 after it; autocast takes two for each."""
+        if not self._rounded:
+            yield
+            return
+        projections, weights, rounded = zip(*self._rounded, strict=True)
+        with torch.no_grad():
+            torch._foreach_copy_(rounded, weights)
+        try:
+            for projection, copy in zip(projections, rounded, strict=True):
+                copy.grad, projection.weight = None, copy
+            yield
+        finally:
+            for projection, weight in zip(projections, weights, strict=True):
+                projection.weight = weight
+        gradients = [torch.empty_like(weight) for weight in weights]
+        with torch.no_grad():
+            torch._foreach_copy_(gradients, [copy.grad for copy in rounded])
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
 
     def _scored(self, tokens: Tensor) -> Tensor:
         """The model's hidden states where a target may be; what follows its last mixer looks at one token alone, so only there."""
@@ -383,6 +407,12 @@ def _round_once(model: KimiLinear) -> None:
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm) and not name.endswith("o_norm"):
             module.output_dtype = torch.bfloat16
+
+
+def _rounded_weights(model: KimiLinear) -> list[tuple[nn.Linear, Tensor, nn.Parameter]]:
+    """Every projection, its weight, and a place for that in bf16."""
+    projections = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [(p, p.weight, nn.Parameter(p.weight.detach().bfloat16())) for p in projections]
 
 
 @contextmanager

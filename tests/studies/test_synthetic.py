@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kimi_linear.config import Mixer
 from kimi_linear.evals import TaskAccuracy
 from kimi_linear.studies import synthetic
 from kimi_linear.studies.synthetic import Cell, SyntheticConfig
@@ -179,6 +180,20 @@ def test_a_training_ends_when_nothing_has_come_of_many_steps(
         assert curve.ended(config) is None
         curve.points.append(Point(step=4 * (i + 1), loss=loss, token_accuracy=0.1, sequence_accuracy=share))
     assert curve.ended(config) == ended
+
+
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "mla"])
+def test_weights_rounded_together_train_as_autocast_rounds_them(mixer: Mixer) -> None:
+    config = replace(synthetic.lane_of(SMALL, replace(CELL, mixer=mixer)), bf16=True)
+    ours, autocast = Lane(config, CPU), Lane(config, CPU)
+    autocast._rounded = []
+    for one in (ours, autocast):
+        for _ in range(5):
+            one._one_step()
+    assert ours._rounded
+    assert all(p.dtype == torch.float32 for p in ours.model.parameters())
+    for (name, mine), theirs in zip(ours.model.named_parameters(), autocast.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 @pytest.mark.gpu
