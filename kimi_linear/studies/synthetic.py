@@ -76,7 +76,7 @@ class SyntheticConfig:
     decay_rate: float = 1.0
     """Learning rate of A_log and dt_bias, in learning rates of the rest: they are of size 1 to 5, weights of size 0.02."""
     gate_rate: float = 0.1
-    """Learning rate of the projections to the forgetting gate, in learning rates of the rest; at 1 channels of KDA close early."""
+    """Learning rate of the projections to the forgetting gate, in learning rates of the rest; at 1 KDA recalls less."""
     warmup: int = 200
     """Steps in which the learning rate rises."""
     schedule: Literal["constant", "cosine"] = "cosine"

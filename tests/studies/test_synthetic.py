@@ -187,10 +187,14 @@ def test_weights_rounded_together_train_as_autocast_rounds_them(mixer: Mixer) ->
     config = replace(synthetic.lane_of(SMALL, replace(CELL, mixer=mixer)), bf16=True)
     ours, autocast = Lane(config, CPU), Lane(config, CPU)
     autocast._rounded = []
+    seen: list[torch.dtype] = []
+    for projection, _, _ in ours._rounded:
+        projection.register_forward_pre_hook(lambda module, _: seen.append(module.get_parameter("weight").dtype))
     for one in (ours, autocast):
         for _ in range(5):
             one._one_step()
-    assert ours._rounded
+    assert len(seen) == 5 * len(ours._rounded)
+    assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in ours.model.parameters())
     for (name, mine), theirs in zip(ours.model.named_parameters(), autocast.model.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
