@@ -1,7 +1,8 @@
 """Candidates for the kernels of chunked KDA; see ``benchmarks/ops/tune.py``.
 
-A candidate is judged by a whole call that uses it, forward and backward: output, final state and every gradient must be those
-of the present entry. It is timed alone: the launch that the call made is made again, on the same tensors.
+A candidate is judged by whole calls that use it, forward and backward, and forward alone: outputs, final states and every gradient
+must be those of the present entry. It is timed alone: the launches that these calls made are made again, on the same tensors. A
+forward alone keeps less, and what is fastest in it need not be so in a training.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ GATES: tuple[GateKind, ...] = ("init", "fast")
 """What is timed, one after the other: nothing is anchored in the first, in the second many channels are, and few tiles are steep."""
 
 
+OF_FORWARD = ("kda_prepare", "kda_solve")
+"""Launched by a forward alone, too, and then timed in both."""
+
+
 def problems() -> list[Problem]:
     """Every entry that is served on a GPU: bf16, K up to 128."""
     return [
         Problem(
             kernel=kernel, shape_class=shape_class(dim, torch.bfloat16),
             about=f"T={TOKENS} H={WIDTH // dim} K=V={dim}, bf16, gates {', '.join(GATES)}",
-            moved=int(len(GATES) * bytes_of(dim) * TOKENS * WIDTH // dim),
+            moved=int(len(GATES) * (1 + (kernel in OF_FORWARD)) * bytes_of(dim) * TOKENS * WIDTH // dim),
             candidates=tuple(_whole_rows(c, dim) if kernel == "kda_prepare" else c for c in candidates),
             build=partial(_build, kernel, dim),
         )
@@ -90,16 +95,16 @@ KERNELS: dict[str, tuple[list[Config], Callable[[int], float]]] = {
 
 
 class _Recorder:
-    """In place of a kernel: launches it, and keeps the last launch."""
+    """In place of a kernel: launches it, and keeps every launch."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.again: Callable[[], object] | None = None
+        self.launches: list[Callable[[], object]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
         def launch(*arguments: object, **options: object) -> object:
-            self.again = partial(self.kernel[grid], *arguments, **options)
-            return self.again()
+            self.launches.append(partial(self.kernel[grid], *arguments, **options))
+            return self.launches[-1]()
 
         return launch
 
@@ -124,13 +129,14 @@ def _build_one(kernel: str, dim: int, gate: GateKind, device: str) -> Run:
     )  # fmt: skip
     d_output, d_state = torch.randn_like(inputs.v), torch.randn_like(inputs.initial_state)
     symbol = f"{kernel.removeprefix('kda_')}_kernel"
-    known: dict[str, tuple[Callable[[], object], tuple[torch.Tensor, ...]]] = {}
+    known: dict[str, tuple[list[Callable[[], object]], tuple[torch.Tensor, ...]]] = {}
 
     def run(config: Config) -> tuple[torch.Tensor, ...]:
-        """The results of a whole call; from the second time on the launch alone, and the first results."""
+        """The results of whole calls; from the second time on the launches alone, and the first results."""
         if str(config) in known:
-            launch, results = known[str(config)]
-            launch()
+            launches, results = known[str(config)]
+            for launch in launches:
+                launch()
             return results
         recorder = _Recorder(getattr(chunk_kda, symbol))
 
@@ -140,10 +146,11 @@ def _build_one(kernel: str, dim: int, gate: GateKind, device: str) -> Run:
         with patch.object(chunk_kda, symbol, recorder), patch.object(chunk_kda, "config_of", chosen):
             output, state, saved = chunk_kda.forward_to_train(problem)
             gradients = chunk_kda.backward(problem, saved, output, d_output, d_state)
-        assert recorder.again is not None, f"{symbol} is launched by neither pass"
+            alone = chunk_kda.forward(problem)
+        assert recorder.launches, f"{symbol} is launched by neither pass"
         # Copies, for a launch that is made again may write to what it wrote before.
-        results = tuple(x.clone() for x in (output, state, *gradients) if x is not None)
-        known[str(config)] = (recorder.again, results)
+        results = tuple(x.clone() for x in (output, state, *gradients, *alone) if x is not None)
+        known[str(config)] = (recorder.launches, results)
         return results
 
     return run

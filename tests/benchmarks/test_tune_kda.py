@@ -27,19 +27,23 @@ def test_candidates_are_entries_of_the_table() -> None:
 
 
 @pytest.mark.unpoisoned
-def test_a_candidate_is_judged_by_a_whole_call_and_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "times"), [("prepare", 2), ("token_backward", 1)])
+def test_a_candidate_is_judged_by_whole_calls_and_timed_alone(
+    name: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tune_kda, "TOKENS", 64)
     monkeypatch.setattr(tune_kda, "WIDTH", 32)
-    problem = next(p for p in tune_kda.problems() if (p.kernel, p.shape_class) == ("kda_prepare", "K=32 16 bit"))
+    problem = next(p for p in tune_kda.problems() if (p.kernel, p.shape_class) == (f"kda_{name}", "K=32 16 bit"))
     run = problem.build("cpu")
-    wide = Config(constants={"BK": 32}, num_warps=8)
+    wide = Config(constants=problem.candidates[0].constants, num_warps=8)
     with compiled_for(90) as launches:
         results = run(wide)
     whole = [launch.kernel for launch in launches]
     assert {f"{name}_kernel" for name in CHUNK_KERNELS} <= set(whole)
-    assert len(results) == 2 * 10  # for each gate output and state, and the gradients of all eight inputs
+    # For each gate output, state, the gradients of all eight inputs, and output and state of a forward alone.
+    assert len(results) == 2 * 12
     with compiled_for(90) as launches:
         again = run(wide)
-    assert [launch.kernel for launch in launches] == ["prepare_kernel"] * 2
+    assert [launch.kernel for launch in launches] == [f"{name}_kernel"] * 2 * times
     assert all(".reqntid 256" in launch.ptx for launch in launches)
     assert all(a is b for a, b in zip(again, results, strict=True))
