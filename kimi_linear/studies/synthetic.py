@@ -102,7 +102,7 @@ class SyntheticConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; weights and optimizer are fp32 either way."""
     lanes: int = 1
-    """Cells that share a GPU; at 1,024 tokens one fills an H100. On a CPU there is one at a time."""
+    """Cells that share each GPU; at 1,024 tokens one fills an H100. On a CPU there is one at a time."""
     seconds_budget: float | None = None
     """Stop after so many seconds, with a checkpoint of every unfinished cell; the same command goes on from there. 0
     trains nothing and draws what is finished."""
@@ -111,7 +111,7 @@ class SyntheticConfig:
     checkpoints: Path | None = None
     """Folder of unfinished cells; the folder "training" beside the results where None."""
     device: str = "auto"
-    """Such as "cpu" or "cuda:0"; "auto" takes a GPU where there is one."""
+    """Such as "cpu" or "cuda:0"; "auto" takes every GPU there is, each for cells of its own, or else the CPU."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("tasks", TASKS), ("mixers", get_args(Mixer))):
@@ -358,7 +358,7 @@ def cells_in_all(config: SyntheticConfig) -> int:
 
 
 def run(config: SyntheticConfig, folder: Path) -> Iterator[Progress]:
-    """Train the cells that are not finished, many at once."""
+    """Train the cells that are not finished, on every GPU there is."""
     from kimi_linear.studies.synthetic_board import train
 
     return train(config, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,14 +37,11 @@ class Board:
 
     def __init__(self, config: SyntheticConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.device = device_of(config)
         self.results = read_results(config, folder)
         self.checkpoints = config.checkpoints or folder / "training"
         self.lanes: dict[Cell, Lane] = {}
-        self.most, self.streams = 1, []
-        if self.device.type == "cuda":
-            # Made once and handed on: libraries keep a workspace for every stream that they have ever seen.
-            self.most, self.streams = config.lanes, [torch.cuda.Stream(self.device) for _ in range(config.lanes)]
+        # Made once and handed on: libraries keep a workspace for every stream that they have ever seen.
+        self.places = places_of(config)
         self.began = self.counted = time.monotonic()
         self.trained = 0
 
@@ -69,13 +67,13 @@ class Board:
     def fill(self) -> None:
         """Begin cells, or go on with them, until all lanes are busy."""
         late = self.config.admit_seconds is not None and self.seconds >= self.config.admit_seconds
-        for cell in [] if late or len(self.lanes) >= self.most else self.waiting()[: self.most - len(self.lanes)]:
+        for cell in [] if late or not self.places else self.waiting()[: len(self.places)]:
             if self.over():
                 break
             lane = lane_of(self.config, cell)
             saved = load_lane(self._checkpoint(cell), settings_of(lane))
-            stream = self.streams.pop() if self.streams else None
-            self.lanes[cell] = Lane(lane, self.device, saved, stream=stream)
+            device, stream = self.places.pop()
+            self.lanes[cell] = Lane(lane, device, saved, stream=stream)
 
     def go_on(self) -> Iterator[tuple[Cell, str]]:
         """Train a little; what was measured meanwhile, in words."""
@@ -84,8 +82,9 @@ class Board:
         found = {cell: lane.poll() for cell, lane in self.lanes.items()}
         self.trained += sum(lane.step for lane in self.lanes.values()) - before
         since, self.counted = self.counted, time.monotonic()
+        sharing = Counter(lane.device for lane in self.lanes.values())
         for lane in self.lanes.values():
-            lane.curve.seconds += (self.counted - since) / len(self.lanes)
+            lane.curve.seconds += (self.counted - since) / sharing[lane.device]
         for cell, points in found.items():
             for point in points:
                 yield cell, f"{cell.name} · step {point.step:,} · {100 * point.sequence_accuracy:.1f} %"
@@ -122,14 +121,13 @@ class Board:
         values = {
             "ended": ended,
             "parameters": sum(p.numel() for p in lane.model.parameters()),
-            "hardware": hardware_of(self.device),
+            "hardware": hardware_of(lane.device),
             "seconds": round(lane.curve.seconds, 1),
             "curve": curve,
         }
         write_cell(self.folder / f"{cell.name}.json", settings_of(lane.config), values, indent=None)
         self.results[cell] = values
-        if lane.stream is not None:
-            self.streams.append(lane.stream)
+        self.places.append((lane.device, lane.stream))
         self._checkpoint(cell).unlink(missing_ok=True)
 
     def _checkpoint(self, cell: Cell) -> Path:
@@ -163,15 +161,27 @@ def estimate(config: SyntheticConfig, results: Results) -> str:
     read = sum(r["curve"]["step"][-1] * cell.length for cell, r in results.items())
     if not left or not read or not spent:
         return words
-    seconds = spent / read * sum(cell.length * config.steps for cell in left)
+    seconds = spent / read * sum(cell.length * config.steps for cell in left) / len(devices_of(config))
     return f"{words}, {seconds:,.0f} s at most at the speed of the finished ones"
 
 
-def device_of(config: SyntheticConfig) -> torch.device:
-    """Where the cells are trained."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+Place = tuple[torch.device, torch.cuda.Stream | None]
+"""Where a cell is trained; on a CPU without a stream."""
+
+
+def devices_of(config: SyntheticConfig) -> list[torch.device]:
+    """Where cells are trained: every GPU that torch sees, or the CPU, unless one is named."""
+    if config.device != "auto":
+        return [torch.device(config.device)]
+    return [torch.device("cuda", n) for n in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def places_of(config: SyntheticConfig) -> list[Place]:
+    """As many as cells are trained at once: ``lanes`` on every GPU, one on a CPU."""
+    devices = devices_of(config)
+    if devices[0].type != "cuda":
+        return [(device, None) for device in devices]
+    return [(device, torch.cuda.Stream(device)) for _ in range(config.lanes) for device in devices]
 
 
 def hardware_of(device: torch.device) -> str:

@@ -225,3 +225,16 @@ def test_a_captured_step_trains_like_an_eager_one(task: str) -> None:
     again = Lane(lanes[0], device, first.state(), stream=torch.cuda.Stream(device))
     for p, q in zip(train([again])[0], captured[0], strict=True):
         assert p.loss == pytest.approx(q.loss, rel=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+def test_another_gpu_trains_the_same() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    config = replace(SMALL, head_dim=64, width=64, mqar_symbols=None, precision="bf16", device="cuda")
+    one = replace(synthetic.lane_of(config, replace(CELL, length=200)), steps=30, point_every=10, batch_size=8)
+    devices = [torch.device("cuda", n) for n in range(2)]
+    first, second = train([Lane(one, device, stream=torch.cuda.Stream(device)) for device in devices])
+    for p, q in zip(first, second, strict=True):
+        assert p.loss == pytest.approx(q.loss, rel=2e-2)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 
-from kimi_linear.studies import synthetic, synthetic_figure
+from kimi_linear.studies import synthetic, synthetic_board, synthetic_figure
 from kimi_linear.studies.cells import write_cell
 from kimi_linear.studies.synthetic import Cell, SyntheticConfig, pending
 
@@ -62,6 +64,36 @@ def test_a_sweep_goes_on_to_the_neighbours_of_the_best_learning_rate(
     assert [c.lr for c in pending(config, done)] == next_rates
     assert len(pending(replace(config, sweep="full"), done)) == 2
     assert pending(config, {**done, replace(at, lr=next_rates[0]): result(1.0, 1.0)}) == []  # the last one on its side
+
+
+def test_every_gpu_trains_as_many_cells_as_there_are_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream on {device}")
+    gpus = [torch.device("cuda", n) for n in range(2)]
+    config = replace(FULL, lanes=2)
+    assert synthetic_board.devices_of(config) == gpus
+    taken = synthetic_board.places_of(config)[::-1]
+    assert {device for device, _ in taken[:2]} == set(gpus)  # the first two cells do not share a GPU
+    assert all(stream == f"stream on {device}" for device, stream in taken)
+    assert synthetic_board.places_of(replace(config, device="cuda:1")) == [(gpus[1], "stream on cuda:1")] * 2
+    assert synthetic_board.places_of(replace(config, device="cpu")) == [(torch.device("cpu"), None)]
+    done = {Cell(task="mqar", length=1024, mixer="kda", lr=5e-4, seed=0): result(0.5, 1.0)}
+    halved, whole = (synthetic_board.estimate(replace(config, device=d), done) for d in ("auto", "cuda:0"))
+    seconds = [int(re.findall(r"([\d,]+) s at most", text)[0].replace(",", "")) for text in (halved, whole)]
+    assert seconds[1] == pytest.approx(2 * seconds[0], rel=1e-3)
+
+
+def test_seconds_of_a_cell_are_its_share_of_the_device(tmp_path) -> None:
+    board = synthetic_board.Board(replace(TINY, lengths="32"), tmp_path)
+    board.places *= 2
+    board.fill()
+    assert len(board.lanes) == 2
+    assert board.places == []
+    for _ in range(3):
+        list(board.go_on())
+    spent = sum(lane.curve.seconds for lane in board.lanes.values()) + sum(r["seconds"] for r in board.results.values())
+    assert 0 < spent <= board.seconds + 0.2  # finished ones are rounded
+    board.leave()
 
 
 def test_seeds_repeat_the_learning_rate_that_was_soonest_right() -> None:
