@@ -358,18 +358,21 @@ def test_a_16_bit_model_keeps_the_rates_in_fp32(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")["model.layers.0.self_attn.A_log"]
     native = from_pretrained(folder, dtype=torch.bfloat16)
     assert furthest(native.model.layers[0].self_attn.forget_gate.A_log, stored) > 1e-4, "transformers alone rounds them"
+    # What that rounding alone costs. In bf16 throughout it is lost among other roundings, which differ from processor to processor.
+    whole = from_pretrained(folder)
     with torch.no_grad():
-        exact = from_pretrained(folder)(tokens()).logits
-        native_error = (native(tokens()).logits - exact).abs().median()
+        exact = whole(tokens()).logits
+        for wide, narrow in zip(whole.model.layers, native.model.layers, strict=True):
+            if hasattr(wide.self_attn, "forget_gate"):
+                for name in ("A_log", "dt_bias"):
+                    getattr(wide.self_attn.forget_gate, name).copy_(getattr(narrow.self_attn.forget_gate, name))
+        assert furthest(whole(tokens()).logits, exact) > 1e-3
     integration.patch()
     model = from_pretrained(folder, dtype=torch.bfloat16)
     assert torch.equal(model.model.layers[0].self_attn.forget_gate.A_log, stored)
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
     assert model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
-    with torch.no_grad():
-        error = (model(tokens()).logits - exact).abs().median()
-    print(f"median error in bf16: {error:.4f}, transformers {native_error:.4f}")
-    assert error < native_error
+    assert torch.isfinite(model(tokens()).logits).all()
 
 
 def test_saved_folders_have_the_release_layouts_names(folder: Path, tmp_path: Path) -> None:
