@@ -372,7 +372,15 @@ def test_a_16_bit_model_keeps_the_rates_in_fp32(folder: Path) -> None:
     assert torch.equal(model.model.layers[0].self_attn.forget_gate.A_log, stored)
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
     assert model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
-    assert torch.isfinite(model(tokens()).logits).all()
+    # They are not only kept but used: rounded as above, they give other numbers.
+    with torch.no_grad():
+        before = model(tokens()).logits
+        for layer in model.model.layers:
+            if hasattr(layer.self_attn, "forget_gate"):
+                rates = layer.self_attn.forget_gate
+                rates.A_log.copy_(rates.A_log.bfloat16())
+        assert torch.isfinite(before).all()
+        assert not torch.equal(model(tokens()).logits, before)
 
 
 def test_saved_folders_have_the_release_layouts_names(folder: Path, tmp_path: Path) -> None:

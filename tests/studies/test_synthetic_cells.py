@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,17 +85,23 @@ def test_every_gpu_trains_as_many_cells_as_there_are_lanes(monkeypatch: pytest.M
     assert seconds[1] == pytest.approx(2 * seconds[0], rel=1e-3)
 
 
-def test_seconds_of_a_cell_are_its_share_of_the_device(tmp_path) -> None:
+@pytest.mark.parametrize(("others", "devices"), [(torch.device("cpu"), 1), (torch.device("cpu", 1), 2)])
+def test_seconds_of_a_cell_are_its_share_of_its_device(
+    others: torch.device, devices: int, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(synthetic_board, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     board = synthetic_board.Board(replace(TINY, lengths="32"), tmp_path)
     board.places *= 2
     board.fill()
     assert len(board.lanes) == 2
     assert board.places == []
-    for _ in range(3):
-        list(board.go_on())
-    spent = sum(lane.curve.seconds for lane in board.lanes.values()) + sum(r["seconds"] for r in board.results.values())
-    assert 0 < spent <= board.seconds + 0.2  # finished ones are rounded
-    board.leave()
+    first, second = board.lanes.values()
+    second.device = others
+    list(board.go_on())
+    passed = board.counted - board.began
+    assert passed > 0
+    assert [first.curve.seconds, second.curve.seconds] == [passed * devices / 2] * 2
 
 
 def test_seeds_repeat_the_learning_rate_that_was_soonest_right() -> None:
