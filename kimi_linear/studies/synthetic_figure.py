@@ -77,23 +77,22 @@ def table_rows(config: SyntheticConfig, results: Results) -> list[dict[str, Any]
     rows = []
     for task, length, mixer in dict.fromkeys((c.task, c.length, c.mixer) for c in sweep_cells(config)):
         sweep = [c for c in sweep_cells(config) if (c.task, c.length, c.mixer) == (task, length, mixer)]
-        best = best_of(config, sweep, results)
-        if best is None:
+        alike = best_and_seeds(config, results, task, length, mixer)
+        if not alike:
             continue
         done = [cell for cell in sweep if cell in results]
-        alike = [best, *(c for c in seeds_of(config, results, best) if c != best)]
         rows.append(
             {
                 "task": task,
                 "tokens": length,
                 "mixer": mixer,
-                "accuracy %": round(100 * max(peak(results[cell]) for cell in done), 1),
+                "accuracy %": per_cent(max(peak(results[cell]) for cell in done)),
                 "paper %": paper_peak(task, mixer, length),
-                "lr": f"{best.lr:g}",
+                "lr": f"{alike[0].lr:g}",
                 "lrs": f"{len(done)} of {len(sweep)}",
                 "steps to 99 %": spread([steps_to(results[cell], NEARLY) for cell in alike]),
                 "seeds": len(alike),
-                "each seed %": ", ".join(f"{100 * peak(results[cell]):.1f}" for cell in alike),
+                "each seed %": ", ".join(str(per_cent(peak(results[cell]))) for cell in alike),
             }
         )
     return rows
@@ -104,6 +103,18 @@ def seeds_of(config: SyntheticConfig, results: Results, best: Cell) -> list[Cell
     same = (best.task, best.length, best.mixer, best.lr)
     found = [c for c in seed_cells(config, results, so_far=True) if (c.task, c.length, c.mixer, c.lr) == same]
     return [cell for cell in found if cell in results]
+
+
+def best_and_seeds(config: SyntheticConfig, results: Results, task: str, length: int, mixer: str) -> list[Cell]:
+    """The best finished cell of a sweep and its further seeds; empty where none is finished."""
+    wanted = (task, length, mixer)
+    best = best_of(config, [c for c in sweep_cells(config) if (c.task, c.length, c.mixer) == wanted], results)
+    return [] if best is None else [best, *(c for c in seeds_of(config, results, best) if c != best)]
+
+
+def per_cent(share: float) -> float:
+    """In the paper's digits."""
+    return round(100 * share, 1)
 
 
 def peak(result: Mapping[str, Any]) -> float:
@@ -134,6 +145,12 @@ def spread(steps: list[int | None]) -> str:
     if len(reached) > 1:
         text += f" ({reached[0]:,} to {reached[-1]:,})"
     return text if len(reached) == len(steps) else f"{text}, never in {len(steps) - len(reached)} of {len(steps)}"
+
+
+def least_to_most(shares: list[float]) -> str:
+    """Per cent of the seed that has least and of the one that has most."""
+    ends = [per_cent(share) for share in (min(shares), max(shares))] if shares else []
+    return "–".join(f"{end:g}" for end in dict.fromkeys(ends)) or "-"
 
 
 def draw(config: SyntheticConfig, results: Results, path: Path) -> None:
@@ -169,6 +186,8 @@ def draw(config: SyntheticConfig, results: Results, path: Path) -> None:
     handles.append(
         Line2D([], [], color="0.3", marker="o", fillstyle="none", linestyle="none", label="hollow: the paper's points")
     )
+    if any(cell.seed for cell in results):
+        handles.append(Line2D([], [], color="0.3", linewidth=1, label="thin: further seeds"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -178,21 +197,20 @@ def _draw_lengths(axis: Any, config: SyntheticConfig, results: Results, task: st
     lengths = sorted({cell.length for cell in cells})
     best = [100 * max(peak(results[cell]) for cell in cells if cell.length == length) for length in lengths]
     axis.plot(lengths, best, color=COLORS[mixer], marker=MARKERS[mixer], markersize=4.5, linewidth=1.6)
+    for length in lengths:
+        seeds = [100 * peak(results[c]) for c in best_and_seeds(config, results, task, length, mixer)]
+        axis.vlines(length, min(seeds), max(seeds), color=COLORS[mixer], linewidth=1)
     if mixer in PAPER_PEAKS[task]:
         axis.plot(PAPER_LENGTHS, PAPER_PEAKS[task][mixer], **_hollow(mixer))
 
 
 def _draw_steps(axis: Any, config: SyntheticConfig, results: Results, task: str, mixer: str) -> None:
-    wanted = (task, config.curve_length, mixer)
-    sweep = [cell for cell in sweep_cells(config) if (cell.task, cell.length, cell.mixer) == wanted]
-    best = best_of(config, sweep, results)
-    if best is not None:
-        for cell in [best, *seeds_of(config, results, best)]:
-            curve = results[cell]["curve"]
-            steps, shares = [0, *curve["step"]], [0.0, *(100 * x for x in curve["sequence_accuracy"])]
-            axis.plot(steps, shares, color=COLORS[mixer], linewidth=1.6 if cell == best else 0.9, alpha=0.9)
-            if results[cell]["ended"] == "solved":  # it was stopped here, at 100 %
-                axis.plot(steps[-1], shares[-1], color=COLORS[mixer], marker="|", markersize=9)
+    for nth, cell in enumerate(best_and_seeds(config, results, task, config.curve_length, mixer)):
+        curve = results[cell]["curve"]
+        steps, shares = [0, *curve["step"]], [0.0, *(100 * x for x in curve["sequence_accuracy"])]
+        axis.plot(steps, shares, color=COLORS[mixer], linewidth=0.9 if nth else 1.6, alpha=0.9)
+        if results[cell]["ended"] == "solved":  # it was stopped here, at 100 %
+            axis.plot(steps[-1], shares[-1], color=COLORS[mixer], marker="|", markersize=9)
     if mixer in PAPER_CURVES[task] and config.curve_length == 1024:
         axis.plot(PAPER_STEPS, PAPER_CURVES[task][mixer], **_hollow(mixer))
 
@@ -210,21 +228,28 @@ def _hollow(mixer: str) -> dict[str, Any]:
 
 
 def _draw_table(axis: Any, config: SyntheticConfig, results: Results, task: str, mixers: list[str]) -> None:
-    """Ours, and in brackets the paper's."""
+    """Ours, from the least of the seeds to the largest, and in brackets the paper's."""
     axis.axis("off")
-    rows = [row for row in table_rows(config, results) if row["task"] == task]
-    lengths = sorted({row["tokens"] for row in rows})
+    lengths = sorted({cell.length for cell in results if cell.task == task})
     cells = []
     for mixer in mixers:
         line = [NAMES[mixer].split(" with")[0]]
         for length in lengths:
-            found = [row for row in rows if (row["mixer"], row["tokens"]) == (mixer, length)]
+            cells_there = best_and_seeds(config, results, task, length, mixer)
             paper = paper_peak(task, mixer, length)
-            text = f"{found[0]['accuracy %']:g}" if found else "-"
+            text = least_to_most([peak(results[cell]) for cell in cells_there])
             line.append(text if paper is None else f"{text} ({paper:g})")
         cells.append(line)
     heads = ["ours (paper)", *(f"{length:,}" for length in lengths)]
-    table = axis.table(cellText=cells, colLabels=heads, loc="center", cellLoc="center", edges="horizontal")
+    letters = [max(len(line[column]) for line in [heads, *cells]) + 1 for column in range(len(heads))]
+    table = axis.table(
+        cellText=cells,
+        colLabels=heads,
+        colWidths=[n / sum(letters) for n in letters],
+        loc="center",
+        cellLoc="center",
+        edges="horizontal",
+    )
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     table.scale(1, 1.25)

@@ -158,11 +158,23 @@ def test_the_table_and_the_figure_say_what_the_cells_say(tmp_path) -> None:
     assert json.loads((tmp_path / "figure4.json").read_text())["rows"] == [dict(row)]
     assert "| mqar | 1024 | gdn | 99.2 | 78.7 |" in (tmp_path / "figure4.md").read_text()
     assert (tmp_path / "figure4.png").read_bytes().startswith(b"\x89PNG")
+    results = synthetic.read_results(FULL, tmp_path)
+    there = synthetic_figure.best_and_seeds(FULL, results, "mqar", 1024, "gdn")
+    assert [cell.seed for cell in there] == [0, 1, 2]
+    assert synthetic_figure.least_to_most([synthetic_figure.peak(results[cell]) for cell in there]) == "90–100"
+    assert synthetic_figure.best_and_seeds(FULL, results, "mqar", 1024, "kda") == []
     # With a part of the sweep only, seeds of the best of that part count.
     (tmp_path / f"{replace(base, lr=5e-4).name}.json").unlink()
     assert synthetic.report(FULL, tmp_path).rows[0]["seeds"] == 3
     with pytest.raises(ValueError, match=r"batch_size: expected 8, as asked for now, got a cell made with 32"):
         synthetic.report(replace(FULL, batch_size=8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shares", "text"), [([0.9971, 0.0031], "0.3–99.7"), ([0.99941, 0.99938], "99.9"), ([1.0], "100"), ([], "-")]
+)
+def test_a_range_of_seeds_is_one_number_where_they_agree(shares, text) -> None:
+    assert synthetic_figure.least_to_most(shares) == text
 
 
 def test_the_papers_points_are_whole() -> None:
