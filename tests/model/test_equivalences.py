@@ -7,6 +7,7 @@ import torch
 
 from kimi_linear.config import ModelConfig, replace
 from kimi_linear.model import KimiLinear
+from kimi_linear.model.kda import KDA
 
 TINY = ModelConfig.preset(
     "tiny-moe",
@@ -96,6 +97,32 @@ def test_reference_and_chosen_implementation_agree(model: KimiLinear) -> None:
         chosen = model(tokens)
         model.set_impl("reference")
         torch.testing.assert_close(model(tokens), chosen, **EXACT)
+
+
+def test_kda_whose_channels_all_forget_alike_is_gdn() -> None:
+    """Only the gates' parameters differ: with the same rate in every channel, logits and gradients of all others are the same."""
+    kda, gdn = (KimiLinear(replace(TINY, linear_mixer=m, moe=None), seed=0).double() for m in ("kda", "gdn"))
+    alike = {name: value for name, value in kda.state_dict().items() if not name.endswith("dt_bias")}
+    gdn.load_state_dict({name: alike.get(name, value) for name, value in gdn.state_dict().items()})
+    with torch.no_grad():
+        for one, other in zip(kda.blocks, gdn.blocks, strict=True):
+            if isinstance(one.self_attn, KDA):
+                one.self_attn.f_b_proj.weight.zero_()
+                other.self_attn.a_proj.weight.zero_()
+                one.self_attn.dt_bias.copy_(other.self_attn.dt_bias.repeat_interleave(kda.config.linear.head_dim))
+    tokens, weights = torch.randint(50, (2, 40)), torch.randn(2, 40, 50, dtype=torch.float64)
+    expected, got = gdn(tokens), kda(tokens)
+    torch.testing.assert_close(got, expected, **EXACT)
+    for output in (got, expected):
+        (output * weights).sum().backward()
+    gradients = {name: p.grad for name, p in gdn.named_parameters()}
+    shared = [name for name, p in kda.named_parameters() if p.requires_grad and name in gradients]
+    assert any(name.endswith("A_log") for name in shared)
+    for name in shared:
+        gradient = kda.get_parameter(name).grad
+        if name.endswith("dt_bias"):
+            gradient = gradient.unflatten(0, (-1, kda.config.linear.head_dim)).sum(1)
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-8, atol=1e-9)
 
 
 def test_gradients_reach_every_parameter(model: KimiLinear) -> None:
