@@ -109,7 +109,7 @@ def best_and_seeds(config: SyntheticConfig, results: Results, task: str, length:
     """The best finished cell of a sweep and its further seeds; empty where none is finished."""
     wanted = (task, length, mixer)
     best = best_of(config, [c for c in sweep_cells(config) if (c.task, c.length, c.mixer) == wanted], results)
-    return [] if best is None else [best, *(c for c in seeds_of(config, results, best) if c != best)]
+    return [] if best is None else [best, *seeds_of(config, results, best)]
 
 
 def per_cent(share: float) -> float:
