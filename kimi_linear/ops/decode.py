@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +128,7 @@ def kda_decode(
             f"gate: expected a SoftplusGate or a BoundedGate of a raw projection, got {type(gate).__name__}"
         )
     taps_q, taps_k, taps_v = (None, None, None) if taps is None else (taps.q, taps.k, taps.v)
-    step = Step(
+    step = (  # no Step yet: making one costs as much as looking a kind up
         q, k, v, gate.x, beta, norm.gate, gate.A_log, gate.dt_bias, taps_q, taps_k, taps_v, norm.weight,
         pool.memory, pool.window, slots, keep,
     )  # fmt: skip
@@ -158,7 +160,10 @@ class Step(NamedTuple):
     keep: Tensor | None
 
 
-_Runner = Callable[[Step, Tensor], None]
+_Tensors = tuple[Any, ...]
+"""What a ``Step`` holds, in its order."""
+_Runner = Callable[[_Tensors, Tensor], None]
+MEMORY, WINDOW = Step._fields.index("memory"), Step._fields.index("window")
 
 
 class _Kind(NamedTuple):
@@ -166,7 +171,11 @@ class _Kind(NamedTuple):
 
     others: tuple[object, ...]
     """Arguments that are no tensors, and which tensors there are."""
+    given: Callable[[_Tensors], tuple[Tensor, ...]]
+    """Those that are there."""
     alike: Callable[..., bool]
+    empty: Callable[[Tensor], Tensor]
+    """Of v: room for an output."""
     run: _Runner
 
 
@@ -177,7 +186,7 @@ MOST_KINDS = 64
 
 
 def _run(
-    step: Step, out: Tensor | None, bound: float | None, eps: float, activation: GateActivation, impl: Impl
+    step: _Tensors, out: Tensor | None, bound: float | None, eps: float, activation: GateActivation, impl: Impl
 ) -> Tensor:
     """A step of a known kind goes straight to its kernel."""
     q, _, v, _, _, out_gate, _, _, taps_q, taps_k, taps_v, _, _, _, slots, keep = step
@@ -185,26 +194,48 @@ def _run(
         bound, eps, activation, impl, out_gate is None, taps_q is None, taps_k is None, taps_v is None, slots is None,
         keep is None, out is None, torch.is_grad_enabled(),
     )  # fmt: skip
-    tensors = [x for x in (*step, out) if x is not None]
-    run = None
+    found = None
     if type(q) is Tensor:
         for kind in _KNOWN.get(q.shape, ()):
-            if kind.others == others and kind.alike(*tensors):
-                run = kind.run
+            if kind.others == others and kind.alike(*kind.given(step), *(() if out is None else (out,))):
+                found = kind
                 break
-    if run is None:
-        check_decode(step._asdict() | {"out": out}, bound, eps, activation)
-        run = _runner(step, bound, eps, activation, impl)
-        if len(_KNOWN) >= MOST_KINDS:
-            _KNOWN.clear()
-        kinds = _KNOWN.setdefault(q.shape, [])
-        if len(kinds) >= MOST_KINDS:
-            kinds.clear()
-        kinds.append(_Kind(others, likeness(tensors), run))
+    if found is None:
+        found = _met(Step._make(step), out, others, bound, eps, activation, impl)
     if out is None:
-        out = torch.empty_like(v) if v.is_contiguous() else torch.empty_like(v, memory_format=torch.contiguous_format)
-    run(step, out)
+        out = found.empty(v)
+    found.run(step, out)
     return out
+
+
+def _met(
+    step: Step,
+    out: Tensor | None,
+    others: tuple[object, ...],
+    bound: float | None,
+    eps: float,
+    activation: GateActivation,
+    impl: Impl,
+) -> _Kind:
+    """Check the first step of a kind, and remember what runs it."""
+    check_decode(step._asdict() | {"out": out}, bound, eps, activation)
+    empty = torch.empty_like
+    if not step.v.is_contiguous():
+        empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    known = _Kind(
+        others=others,
+        given=itemgetter(*(i for i, x in enumerate(step) if x is not None)),
+        alike=likeness([x for x in (*step, out) if x is not None]),
+        empty=empty,
+        run=_runner(step, bound, eps, activation, impl),
+    )
+    if len(_KNOWN) >= MOST_KINDS:
+        _KNOWN.clear()
+    kinds = _KNOWN.setdefault(step.q.shape, [])
+    if len(kinds) >= MOST_KINDS:
+        kinds.clear()
+    kinds.append(known)
+    return known
 
 
 def _runner(step: Step, bound: float | None, eps: float, activation: GateActivation, impl: Impl) -> _Runner:
@@ -225,7 +256,7 @@ def _runner(step: Step, bound: float | None, eps: float, activation: GateActivat
         raise ValueError("kda_decode: an update in place has no gradient; call under torch.no_grad()")
     if choice.impl == "triton":
         return _triton(step, bound, eps, activation)
-    return lambda now, out: _compose(now, out, bound, eps, activation, choice.impl)
+    return lambda now, out: _compose(Step._make(now), out, bound, eps, activation, choice.impl)
 
 
 def _triton(step: Step, bound: float | None, eps: float, activation: GateActivation) -> _Runner:
@@ -235,14 +266,14 @@ def _triton(step: Step, bound: float | None, eps: float, activation: GateActivat
     counted = not (step.memory.is_inference() or step.window.is_inference())
     elsewhere = torch.cuda.device_count() > 1
 
-    def run(now: Step, out: Tensor) -> None:
+    def run(now: _Tensors, out: Tensor) -> None:
         if elsewhere and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 launch(now, out)
         else:
             launch(now, out)
         if counted:  # or a graph that saved one of them would read the new values and not notice
-            torch.autograd.graph.increment_version((now.memory, now.window))
+            torch.autograd.graph.increment_version((now[MEMORY], now[WINDOW]))
 
     return run
 
@@ -293,7 +324,7 @@ torch.library.define(
 
 @torch.library.impl("kimi_linear::kda_decode", ("cpu", "cuda"))
 def _operator(*arguments):  # type: ignore[no-untyped-def]
-    return _run(Step(*arguments[:16]), None, *arguments[16:])
+    return _run(arguments[:16], None, *arguments[16:])
 
 
 @torch.library.register_fake("kimi_linear::kda_decode")

@@ -41,8 +41,9 @@ time: 64 KiB a processor are enough.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial, reduce
-from operator import or_
+from functools import cache, partial
+from math import gcd
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -646,6 +647,8 @@ def prepare(
     if ending is None:
         ending = ending_of(q, v, config, kept, batch)
     last_slot = len(memory) - 1
+    present = itemgetter(*(i for i, x in enumerate(step) if x is not None))
+    absent = [i for i, x in enumerate(step) if x is None]
     # What is kept must not keep the first step's tensors, whose pool is large: it needs their shapes, strides and types.
     q, v = q.new_empty(1).expand(q.shape), v.new_empty(1).expand(v.shape)
     facts = tuple(
@@ -679,9 +682,12 @@ def prepare(
         if interpreted:
             mine.kernel[grid](*now, scratch, tickets, output, last_slot, *mine.constants, **mine.options)
             return
-        addresses = [0 if x is None else x.data_ptr() for x in (*now, scratch, tickets, output)]
+        addresses = [*map(Tensor.data_ptr, present(now))]
+        for i in absent:
+            addresses.insert(i, 0)
+        addresses += [0 if x is None else x.data_ptr() for x in (scratch, tickets, output)]
         # Compiled code may assume addresses that are multiples of 16; a view with others gets code of its own.
-        aligned = reduce(or_, addresses) & 15 == 0
+        aligned = gcd(*addresses) % 16 == 0
         known = True if aligned else tuple(address % 16 == 0 for address in addresses)
         launch = compiled.get(known)
         if launch is None:
