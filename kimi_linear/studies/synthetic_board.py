@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kimi_linear.studies.cells import write_cell
+from kimi_linear.studies.report.machine import this_machine
 from kimi_linear.studies.study import Progress
 from kimi_linear.studies.synthetic import (
     Cell,
@@ -74,6 +74,9 @@ class Board:
             saved = load_lane(self._checkpoint(cell), settings_of(lane))
             device, stream = self.places.pop()
             self.lanes[cell] = Lane(lane, device, saved, stream=stream)
+            names = self.lanes[cell].curve.hardware
+            if (name := this_machine(str(device)).hardware) not in names[-1:]:
+                names.append(name)
 
     def go_on(self) -> Iterator[tuple[Cell, str]]:
         """Train a little; what was measured meanwhile, in words."""
@@ -121,7 +124,7 @@ class Board:
         values = {
             "ended": ended,
             "parameters": sum(p.numel() for p in lane.model.parameters()),
-            "hardware": hardware_of(lane.device),
+            "hardware": ", then ".join(lane.curve.hardware),
             "seconds": round(lane.curve.seconds, 1),
             "curve": curve,
         }
@@ -182,8 +185,3 @@ def places_of(config: SyntheticConfig) -> list[Place]:
     if devices[0].type != "cuda":
         return [(device, None) for device in devices]
     return [(device, torch.cuda.Stream(device)) for _ in range(config.lanes) for device in devices]
-
-
-def hardware_of(device: torch.device) -> str:
-    """Name of a device, for the record."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -104,6 +104,8 @@ class Curve:
 
     points: list[Point] = field(default_factory=list)
     seconds: float = 0.0
+    hardware: list[str] = field(default_factory=list)
+    """What it was trained on, in this order; a checkpoint may have gone on elsewhere."""
 
     def ended(self, config: LaneConfig) -> str | None:
         """Why the training is over: "solved", "steps", "flat", "diverged"; None while it is not."""
@@ -214,9 +216,12 @@ class Lane:
     def state(self) -> dict[str, Any]:
         """All that a lane with the same configuration needs to continue, on the CPU; call ``poll(wait=True)`` before."""
         assert not self._measured, "points not taken in would be lost"
+        if not self._optimizer.state:  # before the first step
+            _make_state(self._optimizer)
         return {
             "step": self.step,
             "seconds": self.curve.seconds,
+            "hardware": list(self.curve.hardware),
             "points": [[p.step, p.loss, p.token_accuracy, p.sequence_accuracy] for p in self.curve.points],
             "tensors": [x.detach().cpu().clone() for x in self._lasting()],
         }
@@ -225,7 +230,8 @@ class Lane:
         self.step = saved["step"]
         names = ("step", "loss", "token_accuracy", "sequence_accuracy")
         points = [Point(**dict(zip(names, point, strict=True))) for point in saved["points"]]
-        self.curve = Curve(points=points, seconds=saved["seconds"])
+        hardware = saved.get("hardware", ["not recorded"])  # as in checkpoints from before it was
+        self.curve = Curve(points=points, seconds=saved["seconds"], hardware=list(hardware))
         with _on(self.stream), torch.no_grad():
             if not self._optimizer.state:
                 _make_state(self._optimizer)

@@ -47,7 +47,7 @@ def test_lanes_do_not_touch_each_other() -> None:
     assert together[0] != together[1]
 
 
-@pytest.mark.parametrize("steps", [3, 10, 12])
+@pytest.mark.parametrize("steps", [0, 3, 10, 12])
 def test_a_lane_continues_from_its_checkpoint_bit_for_bit(steps: int, tmp_path) -> None:
     whole = train([lane()])[0]
     first = lane()

@@ -104,6 +104,21 @@ def test_seconds_of_a_cell_are_its_share_of_its_device(
     assert [first.curve.seconds, second.curve.seconds] == [passed * devices / 2] * 2
 
 
+def test_a_cell_that_goes_on_elsewhere_names_all_it_was_trained_on(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY, lengths="32", lrs="1e-2", seeds=1)
+    for hardware in ("a GPU", "a GPU", "a CPU"):
+        monkeypatch.setattr(synthetic_board, "this_machine", lambda _, name=hardware: SimpleNamespace(hardware=name))
+        board = synthetic_board.Board(config, tmp_path)
+        board.fill()
+        board.leave()
+    (checkpoint,) = board.checkpoints.iterdir()
+    for _ in synthetic.run(config, tmp_path):
+        pass
+    (found,) = synthetic.read_results(config, tmp_path).values()
+    assert found["hardware"] == "a GPU, then a CPU"
+    assert not checkpoint.exists()
+
+
 def test_seeds_repeat_the_learning_rate_that_was_soonest_right() -> None:
     base = Cell(task="mqar", length=1024, mixer="gdn", lr=5e-4, seed=0)
     # 5e-4 never gets there, 1e-4 is solved at 10,000 and counts as right to the end, 5e-5 at 15,000.
