@@ -69,6 +69,8 @@ class SyntheticConfig:
     """Width of a head, K and V."""
     feed_forward: int = 512
     """Inner width of the feed-forward."""
+    conv_size: int = 4
+    """Taps of the linear mixers' short convolution, 0 for none; the paper does not say whether its small models have one."""
     init_std: float = 0.02
     """Standard deviation of the first weights."""
     dt_shift: float = -6.0
@@ -125,6 +127,7 @@ class SyntheticConfig:
         for name in ("seeds", "steps", "patience", "flat", "point_every", "batch_size", "lanes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        LinearConfig(num_heads=self.heads, head_dim=self.head_dim, conv_size=self.conv_size)  # checks these three
         for name in ("decay_rate", "gate_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
@@ -289,7 +292,7 @@ def model_of(config: SyntheticConfig, cell: Cell) -> ModelConfig:
         num_layers=config.layers,
         intermediate_size=config.feed_forward,
         mixers=(cell.mixer,) * config.layers,
-        linear=LinearConfig(num_heads=config.heads, head_dim=config.head_dim),
+        linear=LinearConfig(num_heads=config.heads, head_dim=config.head_dim, conv_size=config.conv_size),
         mla=MLAConfig(
             num_heads=config.heads,
             kv_lora_rank=config.width,

@@ -233,9 +233,10 @@ def test_a_run_in_pieces_ends_as_a_whole_one(tmp_path) -> None:
         ({"patience": 0}, "patience: expected at least 1, got 0"),
         ({"decay_rate": 0.0}, "decay_rate: expected more than 0, got 0.0"),
         ({"gate_rate": -1.0}, "gate_rate: expected more than 0, got -1.0"),
+        ({"conv_size": 1}, "conv_size: expected 0 (none) or 2 to 16 taps, got 1"),
         ({"seconds_budget": -1.0}, "seconds_budget: expected at least 0 seconds"),
     ],
 )
 def test_bad_settings_are_refused(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         SyntheticConfig(**change)
