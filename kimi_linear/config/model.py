@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
-Mixer: TypeAlias = Literal["kda", "gdn", "mamba2", "mla"]
+Mixer: TypeAlias = Literal["kda", "gdn", "mamba2", "simple-gla", "mla"]
 """What mixes the tokens of one layer: a memory of fixed size, or full attention ("mla")."""
-LinearMixer: TypeAlias = Literal["kda", "gdn", "mamba2"]
+LinearMixer: TypeAlias = Literal["kda", "gdn", "mamba2", "simple-gla"]
 
 
 MAX_SIZE, MAX_LAYERS = 1 << 31, 10_000
@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig:
-    """The linear-attention layers (KDA, and its relatives GDN and Mamba-2 at the same shape)."""
+    """The linear-attention layers (KDA, and its relatives GDN, Mamba-2 and simple GLA at the same shape)."""
 
     num_heads: int
     """H, key heads."""
@@ -251,6 +251,11 @@ class ModelConfig:
                 _expect(mixer in get_args(Mixer), "mixers", f"each one of {', '.join(get_args(Mixer))}", mixer)
         else:
             parse_pattern(self.pattern)
+        if "mamba2" in self.layer_mixers:
+            # Its decay is made from the step size that tokens are written with.
+            _expect(
+                self.linear.gate == "softplus", "linear.gate", "'softplus' where a layer is mamba2", self.linear.gate
+            )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             token = getattr(self, name)
             _expect(token is None or 0 <= token < self.vocab_size, name, f"a token in [0, {self.vocab_size})", token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from kimi_linear.config.model import ConfigError, LinearConfig, MLAConfig, ModelConfig, MoEConfig, replace
 
@@ -86,7 +86,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 }
 """Every named configuration."""
 
-Baseline = Literal["mla", "mla-nope", "gdn", "mamba2"]
+Baseline = Literal["mla", "mla-nope", "gdn", "mamba2", "simple-gla"]
 """What ``baseline`` puts in place of the KDA layers."""
 
 
@@ -94,17 +94,18 @@ def baseline(config: ModelConfig, kind: Baseline) -> ModelConfig:
     """The same shape with another mixer: what the paper compares Kimi Linear with.
 
     "mla": full attention in every layer, with rotary positions (without any it would be no fair baseline);
-    "mla-nope": the same without positions; "gdn", "mamba2": that mixer in place of every KDA layer.
+    "mla-nope": the same without positions; "gdn", "mamba2", "simple-gla": that mixer in place of every
+    KDA layer, with its heads and output gate.
     """
     if kind in ("mla", "mla-nope"):
         position = "rope" if kind == "mla" else "nope"
         return replace(config, pattern="0:1", mixers=None, mla={"position": position})
-    if kind in ("gdn", "mamba2"):
+    if kind in ("gdn", "mamba2", "simple-gla"):
         mixers = (
             None if config.mixers is None else tuple(kind if m == config.linear_mixer else m for m in config.mixers)
         )
         return replace(config, linear_mixer=kind, mixers=mixers)
-    raise ConfigError(f"baseline: expected one of mla, mla-nope, gdn, mamba2, got {kind!r}")
+    raise ConfigError(f"baseline: expected one of {', '.join(get_args(Baseline))}, got {kind!r}")
 
 
 def preset(name: str) -> ModelConfig:

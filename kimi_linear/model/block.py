@@ -14,9 +14,16 @@ from kimi_linear.model.mla import MLA
 from kimi_linear.model.mlp import MLP
 from kimi_linear.model.moe import MoE
 from kimi_linear.model.parameters import RMSNorm
+from kimi_linear.model.simple_gla import SimpleGLA
 from kimi_linear.model.state import KDAState, LayerState, MLAState
 
-MIXERS: dict[Mixer, type[LinearMixer] | type[MLA]] = {"kda": KDA, "gdn": GDN, "mamba2": Mamba2, "mla": MLA}
+MIXERS: dict[Mixer, type[LinearMixer] | type[MLA]] = {
+    "kda": KDA,
+    "gdn": GDN,
+    "mamba2": Mamba2,
+    "simple-gla": SimpleGLA,
+    "mla": MLA,
+}
 
 
 class Block(nn.Module):

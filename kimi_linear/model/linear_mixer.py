@@ -1,7 +1,7 @@
 """What the linear-attention layers share: projections, short convolution, output gate and norm, state.
 
-KDA, GDN and Mamba-2 differ only in how they forget and correct (``mix``); everything around that is the same, so a
-comparison between them compares just that.
+KDA, GDN and simple GLA differ only in how they forget and correct (``mix``); everything around that is the same, so a
+comparison between them compares just that. Mamba-2 is the published layer, which differs in more.
 """
 
 from __future__ import annotations
@@ -108,11 +108,16 @@ class LinearMixer(KeepsFP32):
         )
         if state is not None:
             state.write(final_state, window)
-        gate = self.output_gate(x)
-        output = gated_rms_norm(
-            output, gate, self.o_norm.weight, self.o_norm.eps, self.shape.output_gate, impl=self.row_impl
-        )  # fmt: skip
-        return self.o_proj(output.flatten(2))
+        return self.o_proj(self.gate_and_norm(output, self.output_gate(x)))
+
+    def gate_and_norm(
+        self, output: Float[Tensor, "B T HV V"], gate: Float[Tensor, "B T HV V"] | None
+    ) -> Float[Tensor, "B T C"]:
+        """Each head normed, then gated; side by side, C == HV * V."""
+        activation = self.shape.output_gate
+        return gated_rms_norm(
+            output, gate, self.o_norm.weight, self.o_norm.eps, activation, impl=self.row_impl
+        ).flatten(2)  # fmt: skip
 
     def mix(
         self,

@@ -100,10 +100,15 @@ class RMSNorm(nn.Module):
 
 
 class ConvWeight(nn.Module):
-    """The taps [channels, 1, W] of a depthwise convolution, named as in the release; the layer applies them."""
+    """The taps [channels, 1, W] of a depthwise convolution, named as in the release; the layer applies them.
+
+    Attributes:
+        bound: their first values are uniform up to this; where None, normal as all weights.
+    """
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
+        self.bound: float | None = None
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
 
 
@@ -143,7 +148,9 @@ def init_weights(model: nn.Module, std: float, seed: int | None) -> None:
         return
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, Linear | Embedding | ConvWeight):
+        if isinstance(module, ConvWeight) and module.bound is not None:
+            nn.init.uniform_(module.weight, -module.bound, module.bound, generator=generator)
+        elif isinstance(module, Linear | Embedding | ConvWeight):
             nn.init.normal_(module.weight, std=std, generator=generator)
             bias = getattr(module, "bias", None)
             if bias is not None:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from kimi_linear.studies.synthetic_training import LaneConfig
 
 TASKS = ("palindrome", "mqar", "stack")
-
-
 VOCAB_TILE = 64
 """Rows of embedding and output projection are a multiple of this: products with an odd number of columns run at half speed."""
 
@@ -34,8 +32,9 @@ class SyntheticConfig:
 
     tasks: str = ",".join(TASKS)
     """Tasks."""
-    mixers: str = "kda,gdn,mamba2,mla"
-    """Mixers to compare; both layers are one. mla has rotary positions, and is there for orientation."""
+    mixers: str = "kda,gdn,mamba2,simple-gla,mla"
+    """Mixers to compare; both layers are one. simple-gla, Mamba-2's memory in KDA's surroundings, and mla, which has rotary
+    positions, are there for orientation."""
     lengths: str = "256,512,1024,2048"
     """Tokens of a sequence, at most."""
     lrs: str = "5e-4,1e-4,1e-3,5e-5"
@@ -284,15 +283,20 @@ def task_of(config: SyntheticConfig, cell: Cell) -> Palindrome | MQAR | Stack:
 
 
 def model_of(config: SyntheticConfig, cell: Cell) -> ModelConfig:
-    """The model of a cell: the same shape for every mixer."""
+    """The model of a cell: the same shape for every mixer, but for what Mamba-2's heads share as published, and its gate."""
     half = max(2, config.head_dim // 4 * 2)
+    linear = LinearConfig(num_heads=config.heads, head_dim=config.head_dim, conv_size=config.conv_size)
+    if cell.mixer == "mamba2":
+        linear = dataclasses.replace(
+            linear, num_heads=1, num_v_heads=config.heads, output_gate="swish", output_gate_rank="full"
+        )
     return ModelConfig(
         vocab_size=-(-task_of(config, cell).vocab_size // VOCAB_TILE) * VOCAB_TILE,
         hidden_size=config.width,
         num_layers=config.layers,
         intermediate_size=config.feed_forward,
         mixers=(cell.mixer,) * config.layers,
-        linear=LinearConfig(num_heads=config.heads, head_dim=config.head_dim, conv_size=config.conv_size),
+        linear=linear,
         mla=MLAConfig(
             num_heads=config.heads,
             kv_lora_rank=config.width,
@@ -385,7 +389,7 @@ STUDY = Study(
     "steps (arXiv 2510.26692, section 5.1 and Figure 4)?",
     expected="in the paper KDA solves all three up to 1,024 tokens, and sooner than GDN; Mamba-2 fails beyond 512; at 2,048 "
     "only the stacks are solved.",
-    price="a GPU: up to 102 trainings of at most 20,000 steps, one after the other. It can be stopped and taken up again at any time.",
+    price="a GPU: up to 129 trainings of at most 20,000 steps, one after the other. It can be stopped and taken up again at any time.",
     config=SyntheticConfig,
     run=run,
     report=report,

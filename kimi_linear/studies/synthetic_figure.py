@@ -49,9 +49,9 @@ PAPER_CURVES: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 """Accuracy at 1,024 tokens after each of ``PAPER_STEPS``."""
-COLORS = {"kda": "#d1495b", "gdn": "#2e6f95", "mamba2": "#6a994e", "mla": "#8d8d8d"}
-MARKERS = {"kda": "o", "gdn": "s", "mamba2": "^", "mla": "D"}
-NAMES = {"kda": "KDA", "gdn": "GDN", "mamba2": "Mamba-2", "mla": "attention with RoPE"}
+COLORS = {"kda": "#d1495b", "gdn": "#2e6f95", "mamba2": "#6a994e", "simple-gla": "#d9a441", "mla": "#8d8d8d"}
+MARKERS = {"kda": "o", "gdn": "s", "mamba2": "^", "simple-gla": "v", "mla": "D"}
+NAMES = {"kda": "KDA", "gdn": "GDN", "mamba2": "Mamba-2", "simple-gla": "simple GLA", "mla": "attention with RoPE"}
 TITLES = {"palindrome": "Palindrome", "mqar": "MQAR", "stack": "Stack"}
 NEARLY = 0.99
 """Share of sequences all right whose first point is reported as "steps to 99 %"."""
@@ -93,6 +93,7 @@ def table_rows(config: SyntheticConfig, results: Results) -> list[dict[str, Any]
                 "steps to 99 %": spread([steps_to(results[cell], NEARLY) for cell in alike]),
                 "seeds": len(alike),
                 "each seed %": ", ".join(str(per_cent(peak(results[cell]))) for cell in alike),
+                "answers %": per_cent(max(peak(results[cell], "token_accuracy") for cell in done)),
             }
         )
     return rows
@@ -117,9 +118,9 @@ def per_cent(share: float) -> float:
     return round(100 * share, 1)
 
 
-def peak(result: Mapping[str, Any]) -> float:
-    """Best accuracy by sequence of any point."""
-    return max(result["curve"]["sequence_accuracy"])
+def peak(result: Mapping[str, Any], measure: str = "sequence_accuracy") -> float:
+    """Best accuracy of any point, by sequence or, as "token_accuracy", by answer."""
+    return max(result["curve"][measure])
 
 
 def paper_peak(task: str, mixer: str, length: int) -> float | None:

@@ -24,7 +24,9 @@ def test_a_change_of_a_nested_part_keeps_the_rest() -> None:
     assert dense.moe == MoEConfig(num_experts=4, experts_per_token=2, expert_size=8)
 
 
-@pytest.mark.parametrize("name", [f"{p}{b}" for p in PRESETS for b in ("", "/mla", "/mla-nope", "/gdn", "/mamba2")])
+@pytest.mark.parametrize(
+    "name", [f"{p}{b}" for p in PRESETS for b in ("", "/mla", "/mla-nope", "/gdn", "/mamba2", "/simple-gla")]
+)
 def test_dictionaries_give_back_the_same_configuration(name: str) -> None:
     config = ModelConfig.preset(name)
     assert ModelConfig.from_dict(config.to_dict()) == config
@@ -40,6 +42,10 @@ def test_dictionaries_give_back_the_same_configuration(name: str) -> None:
         ({"pattern": "3-1"}, "pattern: expected 'linear:full'"),
         ({"mixers": ("kda",)}, "mixers: expected one mixer for each of num_layers == 4, got 1"),
         ({"linear": {"num_v_heads": 3}}, "num_v_heads: expected a multiple of num_heads == 2, got 3"),
+        (
+            {"linear": {"gate": "bounded"}, "linear_mixer": "mamba2"},
+            "linear.gate: expected 'softplus' where a layer is mamba2",
+        ),
         ({"linear": {"conv_size": "4"}}, "linear.conv_size: expected int, got '4'"),
         ({"eos_token_id": 320}, r"eos_token_id: expected a token in \[0, 320\), got 320"),
     ],

@@ -60,7 +60,7 @@ RELEASED = {
         "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
     },
 }
-VARIANTS = [f"{p}{b}" for p in PRESETS for b in ("", "/mla", "/mla-nope", "/gdn", "/mamba2")]
+VARIANTS = [f"{p}{b}" for p in PRESETS for b in ("", "/mla", "/mla-nope", "/gdn", "/mamba2", "/simple-gla")]
 
 
 def test_the_released_file_is_read_and_written_field_by_field() -> None:
@@ -78,7 +78,7 @@ def test_every_preset_comes_back(name: str) -> None:
     written = json.loads(json.dumps(to_release(config)))
     assert from_release(written) == config
     own = written.pop("kimi_linear_config")
-    if name.endswith(("gdn", "mamba2")):
+    if name.endswith(("gdn", "mamba2", "simple-gla")):
         assert written["model_type"] == "kimi_linear_variant"
         assert written["architectures"] == ["KimiLinearVariantForCausalLM"]
         with pytest.raises(ConfigError, match="kimi_linear_config: missing key"):

@@ -32,7 +32,7 @@ def recomputed(model: KimiLinear, prompt: list[int], steps: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny/mla", "tiny/mla-nope", "tiny/gdn", "tiny/mamba2"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny/mla", "tiny/mla-nope", "tiny/gdn", "tiny/mamba2", "tiny/simple-gla"])
 @pytest.mark.parametrize("segment", [1, 5, 1024])
 def test_carried_state_gives_what_recomputing_gives(preset, segment):
     model = model_of(preset)

@@ -24,6 +24,7 @@ CASES = {
     "kda, bounded, no convolution": replace(TINY, linear={"gate": "bounded", "conv_size": 0}),
     "gdn": replace(TINY, linear_mixer="gdn"),
     "mamba2": replace(TINY, linear_mixer="mamba2"),
+    "simple-gla": replace(TINY, linear_mixer="simple-gla"),
     "mla": replace(TINY, pattern="0:1"),
     "mla, rope": replace(TINY, pattern="0:1", mla={"position": "rope"}),
     "every mixer": replace(TINY, mixers=("kda", "gdn", "mamba2", "mla"), mla={"position": "rope"}, moe=None),
@@ -134,7 +135,7 @@ def test_gradients_reach_every_parameter(model: KimiLinear) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2"])
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "simple-gla"])
 def test_lower_precision_is_as_exact_as_the_reference(mixer: str, dtype: torch.dtype) -> None:
     """Error of the logits against fp64: at most twice that with the token-by-token reference, plus one rounding."""
     # Dense, because a tie between experts may fall differently in bf16.
@@ -151,7 +152,7 @@ def test_lower_precision_is_as_exact_as_the_reference(mixer: str, dtype: torch.d
     assert errors["reference"] < 0.05
 
 
-@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "mla"])
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "simple-gla", "mla"])
 def test_autocast_is_as_exact_as_bf16_and_keeps_the_memory_wide(mixer: str) -> None:
     """At most twice the error of the model held in bf16 throughout, in one piece and in segments."""
     model = KimiLinear(replace(TINY, mixers=(mixer,) * 4, moe=None), seed=0)

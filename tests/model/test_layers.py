@@ -14,6 +14,7 @@ from kimi_linear.model.kda import KDA
 from kimi_linear.model.mamba2 import Mamba2
 from kimi_linear.model.mla import MLA
 from kimi_linear.model.moe import MoE
+from kimi_linear.model.simple_gla import SimpleGLA
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -32,7 +33,7 @@ def config(**changes: object) -> ModelConfig:
 
 
 def layer_of(kind: type, **changes: object) -> torch.nn.Module:
-    mixer = {KDA: "kda", GDN: "gdn", Mamba2: "mamba2", MLA: "mla"}[kind]
+    mixer = {KDA: "kda", GDN: "gdn", Mamba2: "mamba2", SimpleGLA: "simple-gla", MLA: "mla"}[kind]
     layer = KimiLinear(config(mixers=(mixer,), **changes), seed=1).double().model.layers[0].self_attn
     assert isinstance(layer, kind)
     return layer
@@ -45,8 +46,8 @@ def conv(x: Tensor, taps: Tensor) -> Tensor:
     return F.silu(sum(taps[:, 0, w] * padded[:, w : w + x.shape[1]] for w in range(size)))
 
 
-def heads(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k of unit length [B, T, HV, K], v [B, T, HV, V]."""
+def heads(layer: torch.nn.Module, x: Tensor, *, unit: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k of unit length, or as they come, [B, T, HV, K], v [B, T, HV, V]."""
     shape, out = layer.shape, []
     for name, count, width in (
         ("q", shape.num_heads, shape.head_dim),
@@ -57,7 +58,7 @@ def heads(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = conv(y, getattr(layer, f"{name}_conv1d").weight) if shape.conv_size else F.silu(y)
         y = y.unflatten(-1, (count, width))
         if name != "v":
-            y = y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+            y = y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() if unit else y
             y = y.repeat_interleave(shape.value_heads // shape.num_heads, dim=2)
         out.append(y)
     return tuple(out)
@@ -66,14 +67,18 @@ def heads(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def close(layer: torch.nn.Module, x: Tensor, o: Tensor) -> Tensor:
     """Head norm, output gate, output projection."""
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.o_norm.weight
-    if layer.shape.output_gate != "none":
-        if layer.shape.output_gate_rank == "full":
-            gate = x @ layer.g_proj.weight.T
-        else:
-            gate = x @ layer.g_a_proj.weight.T @ layer.g_b_proj.weight.T
-        gate = gate.view(o.shape)
-        o = o * (gate.sigmoid() if layer.shape.output_gate == "sigmoid" else gate * gate.sigmoid())
-    return o.flatten(2) @ layer.o_proj.weight.T
+    return (o * gate_of(layer, x).view_as(o)).flatten(2) @ layer.o_proj.weight.T
+
+
+def gate_of(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """What the output is multiplied by, [B, T, HV * V]."""
+    if layer.shape.output_gate == "none":
+        return torch.ones(*x.shape[:2], layer.value_width, dtype=x.dtype)
+    if layer.shape.output_gate_rank == "full":
+        gate = x @ layer.g_proj.weight.T
+    else:
+        gate = x @ layer.g_a_proj.weight.T @ layer.g_b_proj.weight.T
+    return gate.sigmoid() if layer.shape.output_gate == "sigmoid" else gate * gate.sigmoid()
 
 
 def decay(layer: torch.nn.Module, raw: Tensor) -> Tensor:
@@ -96,7 +101,7 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("kind", [KDA, GDN, Mamba2])
+@pytest.mark.parametrize("kind", [KDA, GDN, SimpleGLA])
 @pytest.mark.parametrize("shape", LINEAR.values(), ids=LINEAR.keys())
 def test_linear_layer_is_its_formula(kind: type, shape: LinearConfig) -> None:
     layer = layer_of(kind, linear=shape)
@@ -110,7 +115,7 @@ def test_linear_layer_is_its_formula(kind: type, shape: LinearConfig) -> None:
     memory, outputs = torch.zeros(2, shape.value_heads, shape.head_dim, shape.value_dim, dtype=torch.float64), []
     for t in range(9):
         memory = alpha[:, t, ..., None] * memory
-        if kind is Mamba2:
+        if kind is SimpleGLA:
             memory = memory + k[:, t, ..., :, None] * v[:, t, ..., None, :]
         else:
             beta = (x[:, t] @ layer.b_proj.weight.T).sigmoid()[..., None]
@@ -118,6 +123,43 @@ def test_linear_layer_is_its_formula(kind: type, shape: LinearConfig) -> None:
             memory = memory + k[:, t, ..., :, None] * (beta * (v[:, t] - answer))[..., None, :]
         outputs.append(shape.head_dim**-0.5 * (memory * q[:, t, ..., :, None]).sum(-2))
     torch.testing.assert_close(layer(x), close(layer, x, torch.stack(outputs, 1)), **EXACT)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        LinearConfig(num_heads=1, head_dim=4, num_v_heads=2, output_gate="swish", output_gate_rank="full"),
+        LinearConfig(num_heads=2, head_dim=4, num_v_heads=4, v_head_dim=6, conv_size=3, output_gate_rank=5),
+        LinearConfig(num_heads=2, head_dim=4, conv_size=0, output_gate="none"),
+    ],
+    ids=["published", "two groups, other widths, sigmoid", "no convolution, no output gate"],
+)
+def test_mamba2_is_its_formula(shape: LinearConfig) -> None:
+    layer = layer_of(Mamba2, linear=shape)
+    torch.nn.init.uniform_(layer.D)
+    torch.nn.init.uniform_(layer.o_norm.weight)
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    q, k, v = heads(layer, x, unit=False)
+    step = (1 + (x @ layer.a_proj.weight.T + layer.dt_bias).exp()).log()[..., None]
+    memory, outputs = torch.zeros(2, shape.value_heads, shape.head_dim, shape.value_dim, dtype=torch.float64), []
+    for t in range(9):
+        forgotten = (-layer.A_log.exp().view(-1, 1) * step[:, t]).exp()[..., None]
+        memory = forgotten * memory + k[:, t, ..., :, None] * (step[:, t] * v[:, t])[..., None, :]
+        outputs.append((memory * q[:, t, ..., :, None]).sum(-2) + layer.D.view(-1, 1) * v[:, t])
+    o = torch.stack(outputs, 1).flatten(2) * gate_of(layer, x)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.o_norm.weight
+    torch.testing.assert_close(layer(x), o @ layer.o_proj.weight.T, **EXACT)
+
+
+def test_mamba2_starts_with_the_skip_open_and_a_convolution_that_is_heard() -> None:
+    shape = LinearConfig(num_heads=1, head_dim=64, num_v_heads=2)
+    layer = layer_of(Mamba2, hidden_size=64, linear=shape, initializer_range=0.02)
+    assert layer.D.tolist() == [1.0, 1.0]
+    for taps in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d):
+        assert 0.45 < taps.weight.abs().max() <= 0.5
+    assert layer_of(SimpleGLA, initializer_range=0.02).q_conv1d.weight.abs().max() < 0.1
+    assert all(p._no_weight_decay for p in (layer.A_log, layer.dt_bias, layer.D))
+    assert layer.bfloat16().D.dtype == torch.float64  # as it was, not rounded
 
 
 @pytest.mark.parametrize("position", ["nope", "rope"])

@@ -12,7 +12,7 @@ from kimi_linear.testing.tolerances import relative_error
 
 pytestmark = pytest.mark.gpu
 
-PRESETS = ["tiny", "tiny-moe", "tiny/mla", "tiny/gdn", "tiny/mamba2"]
+PRESETS = ["tiny", "tiny-moe", "tiny/mla", "tiny/gdn", "tiny/mamba2", "tiny/simple-gla"]
 TOLERANCE = 2e-5
 """fp32 products in another order, through four layers."""
 

@@ -28,7 +28,7 @@ def finish(config, folder) -> dict:
     return {name: json.loads((folder / f"{name}-seed0.json").read_text()) for name in config.mixers}
 
 
-@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "mla"])
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "simple-gla", "mla"])
 def test_every_mixer_gets_the_same_shape(mixer):
     config = mqar.model_of(MQARConfig(), mixer)
     assert config.layer_mixers == (mixer, mixer)
@@ -100,7 +100,7 @@ def test_kda_learns_to_recall(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mixer": "kda,lstm"}, "mixer: expected some of kda,gdn,mamba2,mla, got 'lstm'"),
+        ({"mixer": "kda,lstm"}, "mixer: expected some of kda,gdn,mamba2,simple-gla,mla, got 'lstm'"),
         ({"mixer": "kda,kda"}, "mixer: expected each one once"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
     ],

@@ -91,6 +91,7 @@ def test_the_cosine_falls_to_a_tenth_at_the_last_step_and_goes_on_from_a_checkpo
         ("gate_rate", ("f_a_proj.weight", "f_b_proj.weight"), "kda", 4),
         ("gate_rate", ("self_attn.a_proj.weight",), "gdn", 2),
         ("gate_rate", ("self_attn.a_proj.weight",), "mamba2", 2),
+        ("gate_rate", ("self_attn.a_proj.weight",), "simple-gla", 2),
     ],
 )
 def test_decays_and_gates_have_learning_rates_of_their_own(
@@ -111,11 +112,13 @@ def test_decays_and_gates_have_learning_rates_of_their_own(
     for name in start:
         ratio = 10.0 if name in faster else 1.0
         torch.testing.assert_close(moved[10.0][name], ratio * moved[1.0][name], rtol=1e-3, atol=2e-6)
-    assert max(moved[10.0][name].abs().max().item() for name in faster) == pytest.approx(10 * CELL.lr, rel=1e-2)
+    assert max(moved[10.0][name].abs().max().item() for name in faster) == pytest.approx(
+        10 * CELL.lr, rel=1e-2 if mixer != "mamba2" else 5e-2
+    )  # Mamba-2's decays have gradients hardly above AdamW's epsilon
 
 
 @pytest.mark.parametrize("task", synthetic.TASKS)
-@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "mla"])
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "simple-gla", "mla"])
 def test_the_last_block_of_scored_tokens_is_that_of_all(task: str, mixer: str) -> None:
     some = lane(replace(CELL, task=task, mixer=mixer))
     some._draw(0)
@@ -182,7 +185,7 @@ def test_a_training_ends_when_nothing_has_come_of_many_steps(
     assert curve.ended(config) == ended
 
 
-@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "mla"])
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "mamba2", "simple-gla", "mla"])
 def test_weights_rounded_together_train_as_autocast_rounds_them(mixer: Mixer) -> None:
     config = replace(synthetic.lane_of(SMALL, replace(CELL, mixer=mixer)), bf16=True)
     ours, autocast = Lane(config, CPU), Lane(config, CPU)
@@ -207,7 +210,9 @@ def test_a_captured_step_trains_like_an_eager_one(task: str) -> None:
     """Points of a curve, captured, eager, and captured beside others: within what the order of atomic sums may change."""
     device = torch.device("cuda")
     config = replace(SMALL, head_dim=64, width=64, mqar_symbols=None, precision="bf16", device="cuda")
-    cells = [replace(CELL, task=task, length=200, mixer=mixer) for mixer in ("kda", "gdn", "mamba2", "mla")]
+    cells = [
+        replace(CELL, task=task, length=200, mixer=mixer) for mixer in ("kda", "gdn", "mamba2", "simple-gla", "mla")
+    ]
     lanes = [synthetic.lane_of(config, cell) for cell in cells]
     lanes = [replace(one, steps=30, point_every=10, batch_size=8) for one in lanes]
     eager = [train([Lane(one, device)])[0] for one in lanes]

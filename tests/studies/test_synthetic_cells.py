@@ -30,8 +30,8 @@ def result(*shares: float, ended: str = "steps", every: int = 5000) -> dict:
 
 def test_the_most_telling_cells_come_first() -> None:
     cells = pending(FULL, {})
-    assert len(cells) == 3 * 4 * 2  # tasks, mixers, and the first two learning rates
-    assert len(pending(replace(FULL, sweep="full"), {})) == 3 * 4 * 4 * 4
+    assert len(cells) == 3 * 5 * 2  # tasks, mixers, and the first two learning rates
+    assert len(pending(replace(FULL, sweep="full"), {})) == 3 * 4 * 5 * 4
     first = cells[:8]
     assert {(c.length, c.seed) for c in first} == {(1024, 0)}
     assert {c.mixer for c in first} == {"kda", "gdn"}
@@ -169,6 +169,7 @@ def test_the_table_and_the_figure_say_what_the_cells_say(tmp_path) -> None:
     assert row["paper %"] == 78.7
     assert (row["lr"], row["lrs"], row["seeds"]) == ("0.001", "4 of 4", 3)
     assert row["each seed %"] == "99.2, 100.0, 90.0"
+    assert row["answers %"] == 99.2  # of seed 0, as the accuracy
     assert row["steps to 99 %"] == "10,000 (10,000 to 15,000), never in 1 of 3"
     assert json.loads((tmp_path / "figure4.json").read_text())["rows"] == [dict(row)]
     assert "| mqar | 1024 | gdn | 99.2 | 78.7 |" in (tmp_path / "figure4.md").read_text()
