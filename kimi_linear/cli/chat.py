@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, load, talk until the input ends."""
     args = parse(ChatArgs, "chat", argv, "Talk to a trained model; the answers go to stdout.")
     since = time.monotonic()
-    folder = model_folder(args.model)
+    folder = model_folder(args.model, reads_text=True)
     console = stderr()
     console.print(f"{folder}", style="dim")
 

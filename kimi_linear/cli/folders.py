@@ -7,10 +7,14 @@ from pathlib import Path
 
 RUNS = Path("runs")
 """Where the verbs write, unless told otherwise."""
+TOKENIZERS = ("tokenizer.json", "tiktoken.model")
+"""One of these beside the weights makes a model that reads text."""
 
 
-def model_folder(named: Path | None, root: Path = RUNS) -> Path:
+def model_folder(named: Path | None, root: Path = RUNS, *, reads_text: bool = False) -> Path:
     """The model folder to use: ``named``, or the newest below it or below ``root``, or the package's own where none is.
+
+    Where none is named and ``reads_text``, models without a tokenizer are passed over, such as those of ``study mqar``.
 
     "nano" names the package's own, where no folder is called so. A model folder holds config.json and safetensors; a run's folder holds checkpoints that do. A name of the hub
     (``kimi_linear.model.hub``) is downloaded first.
@@ -30,6 +34,8 @@ def model_folder(named: Path | None, root: Path = RUNS) -> Path:
             return existing_folder(named, f"try one of those in {root}/")
     where = root if named is None else named
     found = [path.parent for path in where.rglob("config.json") if is_model(path.parent) and not _hidden(path, where)]
+    if named is None and reads_text:
+        found = [folder for folder in found if any((folder / name).is_file() for name in TOKENIZERS)]
     if not found and named is None:
         from kimi_linear.folder import shipped_folder
 

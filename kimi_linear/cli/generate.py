@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, load, stream."""
     args = parse(GenerateArgs, "generate", argv, "Continue a prompt with a trained model; the text goes to stdout.")
     since = time.monotonic()
-    folder = model_folder(args.model)
+    folder = model_folder(args.model, reads_text=True)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     console = stderr()
     console.print(f"{folder}", style="dim")

@@ -51,6 +51,17 @@ def test_the_packages_own_model_is_taken_where_there_is_no_other(tmp_path, shipp
     assert model_folder(Path("nano")).resolve() == here
 
 
+def test_what_reads_text_passes_over_models_of_ids_alone(tmp_path, shipped):
+    make(shipped, 0)
+    ids = make(tmp_path / "runs" / "mqar" / "kda-seed0", 5)
+    assert model_folder(None, tmp_path / "runs", reads_text=True) == shipped
+    assert model_folder(None, tmp_path / "runs") == ids
+    assert model_folder(ids, reads_text=True) == ids  # named, so not replaced
+    text = make(tmp_path / "runs" / "train", 30)
+    (text / "tokenizer.json").touch()
+    assert model_folder(None, tmp_path / "runs", reads_text=True) == text
+
+
 def test_a_folder_that_is_named_and_empty_is_not_replaced_by_the_packages_own(tmp_path, shipped):
     make(shipped, 0)
     (tmp_path / "empty").mkdir()
