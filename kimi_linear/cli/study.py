@@ -54,7 +54,7 @@ def _run(study: Study[Any], flags: Sequence[str]) -> None:
         # Ctrl-C too leaves a table of what is finished.
         found = study.report(config, folder)
         if found.rows:
-            stdout().print(table(found.rows, found.title))
+            stdout().print(table(found.shown(), found.title))
         for path in found.files:
             console.print(f"wrote {path}", style="dim")
         closing(console, {"steps": f"{last:,}"}, since)

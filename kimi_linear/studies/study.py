@@ -31,6 +31,12 @@ class Report:
     """The table; all rows have the same columns."""
     files: tuple[Path, ...]
     """What was written: the numbers as JSON, a figure."""
+    columns: tuple[str, ...] | None = None
+    """Those that a terminal of 80 characters has room for; all where None. The files hold them all."""
+
+    def shown(self) -> list[Mapping[str, Any]]:
+        """The rows with these columns alone."""
+        return [row if self.columns is None else {name: row[name] for name in self.columns} for row in self.rows]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,8 @@ COLORS = {"kda": "#d1495b", "gdn": "#2e6f95", "mamba2": "#6a994e", "simple-gla":
 MARKERS = {"kda": "o", "gdn": "s", "mamba2": "^", "simple-gla": "v", "mla": "D"}
 NAMES = {"kda": "KDA", "gdn": "GDN", "mamba2": "Mamba-2", "simple-gla": "simple GLA", "mla": "attention with RoPE"}
 TITLES = {"palindrome": "Palindrome", "mqar": "MQAR", "stack": "Stack"}
+ON_SCREEN = ("task", "tokens", "mixer", "accuracy %", "paper %", "each seed %", "answers %")
+"""Columns of the table in a terminal."""
 NEARLY = 0.99
 """Share of sequences all right whose first point is reported as "steps to 99 %"."""
 
@@ -69,7 +71,7 @@ def write_report(config: SyntheticConfig, folder: Path) -> Report:
     write_json(summary, {"study": "synthetic", "hardware": hardware, "cells": len(results), "rows": rows})
     page.write_text(_markdown(title, rows), encoding="utf-8")
     draw(config, results, figure)
-    return Report(title=title, rows=rows, files=(summary, page, figure))
+    return Report(title=title, rows=rows, files=(summary, page, figure), columns=ON_SCREEN)
 
 
 def table_rows(config: SyntheticConfig, results: Results) -> list[dict[str, Any]]:

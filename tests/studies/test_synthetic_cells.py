@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -10,9 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
+from kimi_linear.cli.console import table
 from kimi_linear.studies import synthetic, synthetic_board, synthetic_figure
 from kimi_linear.studies.cells import write_cell
+from kimi_linear.studies.study import Report
 from kimi_linear.studies.synthetic import Cell, SyntheticConfig, pending
 
 FULL = SyntheticConfig()
@@ -184,6 +188,17 @@ def test_the_table_and_the_figure_say_what_the_cells_say(tmp_path) -> None:
     assert synthetic.report(FULL, tmp_path).rows[0]["seeds"] == 3
     with pytest.raises(ValueError, match=r"batch_size: expected 8, as asked for now, got a cell made with 32"):
         synthetic.report(replace(FULL, batch_size=8), tmp_path)
+
+
+def test_a_terminal_of_80_characters_breaks_no_word_of_the_table() -> None:
+    values = ("palindrome", 1024, "simple-gla", 99.7, 97.0, "99.7, 100.0, 99.8", 99.9)
+    row = dict(zip(synthetic_figure.ON_SCREEN, values, strict=True))
+    found = Report(title="", rows=({**row, "lr": "0.0005"},), files=(), columns=synthetic_figure.ON_SCREEN)
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(table(found.shown()))
+    words = screen.file.getvalue().split()
+    assert {"palindrome", "1,024", "simple-gla", "99.7", "97", "99.7,", "100.0,", "99.8", "99.9"} <= {*words}
+    assert {"accuracy", "paper", "answers", "0.0005"} & {*words} == {"accuracy", "paper", "answers"}
 
 
 @pytest.mark.parametrize(
