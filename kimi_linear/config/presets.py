@@ -95,7 +95,7 @@ def baseline(config: ModelConfig, kind: Baseline) -> ModelConfig:
 
     "mla": full attention in every layer, with rotary positions (without any it would be no fair baseline);
     "mla-nope": the same without positions; "gdn", "mamba2", "simple-gla": that mixer in place of every
-    KDA layer, with its heads and output gate.
+    KDA layer, with KDA's heads and output gate.
     """
     if kind in ("mla", "mla-nope"):
         position = "rope" if kind == "mla" else "nope"

@@ -271,10 +271,10 @@ def _draw(cells: dict[tuple[Mixer, int], dict[str, Any]], title: str, path: Path
 STUDY = Study(
     name="mqar",
     shows="Which mixer learns associative recall, in how many steps (arXiv 2510.26692, section 5.1 and Figure 4)?",
-    expected="at the default size the memory is not yet the limit: KDA, GDN and Mamba-2 pass 99 % after 175 to 250 steps, "
-    "full attention with RoPE after 425. In the paper, with 1,024 tokens and 20,000 steps: KDA 100 %, GDN 78.7 %, "
+    expected="at the default size the memory is not yet the limit: KDA and GDN pass 99 % after 225 and 250 steps, full "
+    "attention with RoPE after 425, Mamba-2 after 725. In the paper, with 1,024 tokens and 20,000 steps: KDA 100 %, GDN 78.7 %, "
     "Mamba-2 0 %.",
-    price="about 1.5 minutes on 2 CPU cores for four mixers and one seed.",
+    price="about a minute on 2 CPU cores for four mixers and one seed.",
     config=MQARConfig,
     run=run,
     report=report,

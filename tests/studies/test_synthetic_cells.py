@@ -162,6 +162,7 @@ def test_the_table_and_the_figure_say_what_the_cells_say(tmp_path) -> None:
     base = Cell(task="mqar", length=1024, mixer="gdn", lr=1e-3, seed=0)
     done = {replace(base, lr=lr): result(0.0, 0.2, 0.4, 0.7) for lr in (5e-4, 1e-4, 5e-5)}
     done[base] = result(0.2, 0.5, 0.992, 0.973)
+    done[base]["curve"]["token_accuracy"] = [0.9, 0.99, 0.999, 0.998]
     done[replace(base, seed=1)] = result(0.1, 0.995, 1.0, ended="solved")
     done[replace(base, seed=2)] = result(0.0, 0.0, 0.5, 0.9)
     for cell, values in done.items():
@@ -173,7 +174,7 @@ def test_the_table_and_the_figure_say_what_the_cells_say(tmp_path) -> None:
     assert row["paper %"] == 78.7
     assert (row["lr"], row["lrs"], row["seeds"]) == ("0.001", "4 of 4", 3)
     assert row["each seed %"] == "99.2, 100.0, 90.0"
-    assert row["answers %"] == 99.2  # of seed 0, as the accuracy
+    assert row["answers %"] == 99.9
     assert row["steps to 99 %"] == "10,000 (10,000 to 15,000), never in 1 of 3"
     assert json.loads((tmp_path / "figure4.json").read_text())["rows"] == [dict(row)]
     assert "| mqar | 1024 | gdn | 99.2 | 78.7 |" in (tmp_path / "figure4.md").read_text()
